@@ -43,7 +43,9 @@ class CorpusConfig:
     """Documents held out for the reported numbers and for scoring explanations, by the same hash."""
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}")
+        _require(
+            self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}"
+        )
         _require(
             self.validation_percent > 0
             and self.test_percent > 0
@@ -116,7 +118,7 @@ class TrainConfig:
 
     __pydantic_config__ = _STRICT
 
-    steps: int = 3000
+    steps: int = 2000
     """Number of optimizer steps."""
     batch_rows: int = 2048
     """Rows per step."""
@@ -126,9 +128,9 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly from 0."""
     lr_decay_fraction: float = 0.2
     """Last part of the run over which the learning rate falls linearly to 0."""
-    l1: float = 10.0
+    l1: float = 2.0
     """λ: weight of mean_b Σ_j z_bj against mean_b ‖x̂ - x‖² (both sums over features and inputs)."""
-    l1_warmup_steps: int = 500
+    l1_warmup_steps: int = 200
     """Steps over which λ rises linearly from 0."""
     beta1: float = 0.9
     """Adam's decay of the first moment."""
@@ -143,9 +145,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "checkpoint_every", "log_every"):
-            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
         for name in ("lr_warmup_steps", "l1_warmup_steps", "l1", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}"
+            )
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(
             0 <= self.lr_decay_fraction <= 1,
@@ -153,7 +159,8 @@ class TrainConfig:
         )
         for name in ("beta1", "beta2"):
             _require(
-                0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}"
+                0 <= getattr(self, name) < 1,
+                f"{name} must lie in [0, 1), got {getattr(self, name)}",
             )
 
 
@@ -169,21 +176,29 @@ class TuneConfig:
     """Steps of one trial; as many as the final training when absent."""
     lr: tuple[float, float] = (3e-4, 3e-3)
     """Range of the learning rate, searched in log space."""
-    l1: tuple[float, float] = (3.0, 30.0)
+    l1: tuple[float, float] = (0.5, 8.0)
     """Range of λ, searched in log space."""
     l0_band: tuple[float, float] = (16.0, 64.0)
     """Wanted mean number of active features per row; a trial outside is worse than any inside."""
+    parallel: int = 2
+    """Trials at once; they are proposed together, so this is part of what the search finds."""
     initial_trials: int = 4
-    """Random trials before the model guides the search; must be fewer than `trials`."""
+    """Space-filling trials before the model guides the search; must be fewer than `trials`."""
     seed: int = 0
     """Seed of the search."""
 
     def __post_init__(self) -> None:
         _require(self.trials >= 0, f"trials must be 0 or more, got {self.trials}")
-        _require(self.steps is None or self.steps > 0, f"steps must be at least 1, got {self.steps}")
+        _require(self.parallel > 0, f"parallel must be at least 1, got {self.parallel}")
+        _require(
+            self.steps is None or self.steps > 0, f"steps must be at least 1, got {self.steps}"
+        )
         for name in ("lr", "l1", "l0_band"):
             low, high = getattr(self, name)
-            _require(0 < low < high, f"{name} must be [low, high] with 0 < low < high, got [{low}, {high}]")
+            _require(
+                0 < low < high,
+                f"{name} must be [low, high] with 0 < low < high, got [{low}, {high}]",
+            )
         _require(
             self.initial_trials > 0 and (self.trials == 0 or self.initial_trials < self.trials),
             f"initial_trials must be at least 1 and fewer than trials ({self.trials}), got "
@@ -201,7 +216,7 @@ class AnalyseConfig:
     """Tokens in one evidence window (documents are cut into windows of this length)."""
     top_k: int = 24
     """Windows kept per feature with the strongest activation, at most two per document."""
-    sample: int = 96
+    sample: int = 160
     """Firing windows kept per feature as a uniform sample, for scoring."""
     pool: int = 4096
     """Random windows shared by all features, from which verified non-firing examples are drawn."""
@@ -210,7 +225,9 @@ class AnalyseConfig:
 
     def __post_init__(self) -> None:
         for name in ("window", "top_k", "sample", "pool"):
-            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +256,14 @@ class InterpretConfig:
 
     def __post_init__(self) -> None:
         for name in ("features", "examples", "positives", "negatives"):
-            _require(getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
         if self.backend == "openai":
-            _require(bool(self.base_url), "base_url is needed for backend 'openai': add base_url or --base-url")
+            _require(
+                bool(self.base_url),
+                "base_url is needed for backend 'openai': add base_url or --base-url",
+            )
             _require(bool(self.model), "model is needed for backend 'openai': add model or --model")
 
 

@@ -1,0 +1,169 @@
+// The loops over numbers that all kernels share. Included once per instruction set.
+//
+// Everything lives in namespace saek::SAEK_ISA and no standard-library template is used: an inline
+// function of one name compiled three times would be merged by the linker into one copy, perhaps
+// the one this processor cannot run.
+#pragma once
+
+#include <cstdint>
+#include <math.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace saek {
+namespace SAEK_ISA {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float magnitude(float a) { return fabsf(a); }
+inline double magnitude(double a) { return fabs(a); }
+inline float square_root(float a) { return sqrtf(a); }
+inline double square_root(double a) { return sqrt(a); }
+
+// Bit i is set where !(pre[i] + bias[i] <= 0): positive, or NaN.
+template <class T>
+inline uint64_t active_bits(const T* pre, const T* bias, int64_t n) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; ++i)
+    bits |= static_cast<uint64_t>(!(pre[i] + bias[i] <= T(0))) << i;
+  return bits;
+}
+
+// The same for 64 columns, in whole registers where there are any.
+template <class T>
+inline uint64_t active_bits_64(const T* pre, const T* bias) {
+  return active_bits(pre, bias, 64);
+}
+
+#if defined(__AVX512F__)
+template <>
+inline uint64_t active_bits_64(const float* pre, const float* bias) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(pre + 16 * i), _mm512_loadu_ps(bias + 16 * i));
+    bits |= static_cast<uint64_t>(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NLE_UQ)) << (16 * i);
+  }
+  return bits;
+}
+template <>
+inline uint64_t active_bits_64(const double* pre, const double* bias) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    const __m512d sum = _mm512_add_pd(_mm512_loadu_pd(pre + 8 * i), _mm512_loadu_pd(bias + 8 * i));
+    bits |= static_cast<uint64_t>(_mm512_cmp_pd_mask(sum, _mm512_setzero_pd(), _CMP_NLE_UQ)) << (8 * i);
+  }
+  return bits;
+}
+#elif defined(__AVX2__)
+template <>
+inline uint64_t active_bits_64(const float* pre, const float* bias) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(pre + 8 * i), _mm256_loadu_ps(bias + 8 * i));
+    const __m256 active = _mm256_cmp_ps(sum, _mm256_setzero_ps(), _CMP_NLE_UQ);
+    bits |= static_cast<uint64_t>(_mm256_movemask_ps(active)) << (8 * i);
+  }
+  return bits;
+}
+template <>
+inline uint64_t active_bits_64(const double* pre, const double* bias) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 16; ++i) {
+    const __m256d sum = _mm256_add_pd(_mm256_loadu_pd(pre + 4 * i), _mm256_loadu_pd(bias + 4 * i));
+    const __m256d active = _mm256_cmp_pd(sum, _mm256_setzero_pd(), _CMP_NLE_UQ);
+    bits |= static_cast<uint64_t>(_mm256_movemask_pd(active)) << (4 * i);
+  }
+  return bits;
+}
+#endif
+
+// out += sum_k |weight[k]| matrix[index[k]]   (weight[k] itself unless Absolute)
+// Four rows at a time, so that `out` is loaded and stored a quarter as often.
+template <class T, bool Absolute>
+inline void add_rows(const int32_t* index, const T* weight, int64_t n, const T* matrix, int64_t d,
+                     T* __restrict out) {
+  const auto factor = [weight](int64_t k) { return Absolute ? magnitude(weight[k]) : weight[k]; };
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    const T* __restrict r0 = matrix + index[k] * d;
+    const T* __restrict r1 = matrix + index[k + 1] * d;
+    const T* __restrict r2 = matrix + index[k + 2] * d;
+    const T* __restrict r3 = matrix + index[k + 3] * d;
+    const T w0 = factor(k), w1 = factor(k + 1), w2 = factor(k + 2), w3 = factor(k + 3);
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i)
+      out[i] += (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i]);
+  }
+  for (; k < n; ++k) {
+    const T* __restrict r0 = matrix + index[k] * d;
+    const T w0 = factor(k);
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) out[i] += w0 * r0[i];
+  }
+}
+
+template <class T>
+inline T dot(const T* __restrict a, const T* __restrict b, int64_t d) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < d; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// out[k] = <matrix[index[k]], vector>
+template <class T>
+inline void dot_rows(const int32_t* index, int64_t n, const T* matrix, int64_t d,
+                     const T* __restrict vector, T* __restrict out) {
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    const T* __restrict r0 = matrix + index[k] * d;
+    const T* __restrict r1 = matrix + index[k + 1] * d;
+    const T* __restrict r2 = matrix + index[k + 2] * d;
+    const T* __restrict r3 = matrix + index[k + 3] * d;
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < d; ++i) {
+      s0 += vector[i] * r0[i];
+      s1 += vector[i] * r1[i];
+      s2 += vector[i] * r2[i];
+      s3 += vector[i] * r3[i];
+    }
+    out[k] = s0;
+    out[k + 1] = s1;
+    out[k + 2] = s2;
+    out[k + 3] = s3;
+  }
+  for (; k < n; ++k) out[k] = dot(matrix + index[k] * d, vector, d);
+}
+
+// The numbers of one Adam update that are the same for every weight.
+template <class T>
+struct AdamScalars {
+  T rate, one_minus_beta1, beta2, one_minus_beta2, v_scale, eps;
+
+  explicit AdamScalars(const saek_adam& a)
+      : rate(static_cast<T>(a.lr / (1 - ::pow(a.beta1, static_cast<double>(a.step))))),
+        one_minus_beta1(static_cast<T>(1 - a.beta1)),
+        beta2(static_cast<T>(a.beta2)),
+        one_minus_beta2(static_cast<T>(1 - a.beta2)),
+        v_scale(static_cast<T>(1 / ::sqrt(1 - ::pow(a.beta2, static_cast<double>(a.step))))),
+        eps(static_cast<T>(a.eps)) {}
+};
+
+template <class T>
+inline void adam(T* __restrict value, T* __restrict m, T* __restrict v, const T* __restrict gradient,
+                 int64_t n, const AdamScalars<T>& a) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T g = gradient[i];
+    const T mi = m[i] + a.one_minus_beta1 * (g - m[i]);
+    const T vi = a.beta2 * v[i] + a.one_minus_beta2 * (g * g);
+    m[i] = mi;
+    v[i] = vi;
+    value[i] -= a.rate * mi / (square_root(vi) * a.v_scale + a.eps);
+  }
+}
+
+}  // namespace SAEK_ISA
+}  // namespace saek

@@ -1,0 +1,225 @@
+"""The campaign: harvest → tune → train → analyse → interpret → aggregate, each a Prefect task.
+
+Every task is a function of the recipe and of keys in the store, and returns a key. A task whose
+artefact is complete returns at once, so the same command run again does nothing, goes on after a
+kill, or shares what another campaign has done. Prefect shows and retries; the store knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+
+from flows import session, stages, tuning
+from flows.display import Bar
+from flows.policy import STAGE
+from flows.recipe import Recipe
+from flows.session import Session
+from sae_ext import corpora, host
+from sae_ext.activations import harvest as harvesting
+from sae_ext.activations.reader import Activations
+from sae_ext.analysis import ShardAnalysis, label_names
+from sae_ext.artefacts import (
+    Stage,
+    activations,
+    campaigns,
+    features,
+    interpretations,
+    saes,
+    trials,
+)
+from sae_ext.errors import UserError
+from sae_ext.interpret.run import check_server
+from workers.analyse import AnalyseWorker
+from workers.harvest import HarvestWorker
+from workers.interpret import InterpretWorker
+from workers.pool import Job
+from workers.train import TrainWorker
+
+_SHARDS_PER_JOB = 4
+"""An analysis job returns one merged finding; few shards each keep both workers busy to the end."""
+
+
+@flow(name="campaign", flow_run_name="{recipe.name}", log_prints=False)
+def campaign(recipe: Recipe) -> dict[str, str]:
+    """Turn a model's activations into features a person can read.
+
+    Returns:
+        The key of every artefact, by kind.
+    """
+    with session.opened(recipe):
+        keys = {activations.KIND: harvest(recipe)}
+        if recipe.tune.trials:
+            keys[trials.KIND] = tuning.tune(recipe, keys)
+        keys[saes.KIND] = train(recipe, keys)
+        keys[features.KIND] = analyse(recipe, keys)
+        keys[interpretations.KIND] = interpret(recipe, keys)
+        keys[campaigns.KIND] = aggregate(recipe, keys)
+    return keys
+
+
+@task(
+    name="harvest", task_run_name="harvest {recipe.host.model} layer {recipe.host.layer}", **STAGE
+)
+def harvest(recipe: Recipe) -> str:
+    """Read the host model's residual stream over the corpus into shards."""
+    wanted = stages.of_activations(recipe)
+    with _stage("harvest", wanted) as (run, bar):
+        if bar is None:
+            return wanted.key
+        folder = host.resolve(recipe.host.model)
+        d_in = host.width(folder, recipe.host.layer)
+        _check_width(recipe, d_in)
+        documents = corpora.load(recipe.corpus)
+        plan = harvesting.plan(
+            documents, host.load_tokenizer(folder), recipe.host, recipe.harvest, d_in
+        )
+        activations.put_documents(run.store, wanted.key, documents, plan)
+        units = activations.missing_units(run.store, wanted.key, plan)
+        jobs = [Job("make", (wanted.key, u, documents[u.start : u.stop])) for u in units]
+        seconds = run.work(
+            bar,
+            HarvestWorker,
+            (run.store.url, recipe.host, recipe.harvest, recipe.resources.cpus_per_worker),
+            jobs,
+            sizes=[float(u.rows) for u in units],
+            workers=recipe.resources.workers,
+            cpus=recipe.resources.cpus_per_worker,
+        )
+        activations.commit(run.store, wanted, plan, {"computing": sum(s for _, s in seconds)})
+        bar.finish(f"{sum(plan.rows):,} rows of {len(documents):,} documents → {wanted.key}")
+    return wanted.key
+
+
+@task(name="train", task_run_name="train d_sae {recipe.sae.d_sae}", **STAGE)
+def train(recipe: Recipe, keys: dict[str, str]) -> str:
+    """Train the sparse autoencoder, with the winner's values where there was a search."""
+    wanted = stages.of_sae(recipe, keys, session.current().store)
+    with _stage("train", wanted) as (run, bar):
+        if bar is None:
+            return wanted.key
+        (validation,) = run.work(
+            bar,
+            TrainWorker,
+            (run.store.url, recipe.resources.train_cpus),
+            [Job("train", (wanted,))],
+            sizes=[float(wanted.config["train"]["steps"])],
+            workers=1,
+            cpus=recipe.resources.train_cpus,
+        )
+        bar.finish(
+            f"validation FVU {validation['fvu']:.3f} at L0 {validation['l0']:.1f} → {wanted.key}"
+        )
+    return wanted.key
+
+
+@task(name="analyse", task_run_name="analyse features", **STAGE)
+def analyse(recipe: Recipe, keys: dict[str, str]) -> str:
+    """Gather statistics and evidence for every feature, and quality on held-out documents."""
+    wanted = stages.of_features(recipe, keys)
+    with _stage("analyse", wanted) as (run, bar):
+        if bar is None:
+            return wanted.key
+        source = Activations(run.store, keys[activations.KIND])
+        shards = range(len(source.shard_rows))
+        groups = [list(shards[i : i + _SHARDS_PER_JOB]) for i in shards[::_SHARDS_PER_JOB]]
+        found = run.work(
+            bar,
+            AnalyseWorker,
+            (
+                run.store.url,
+                source.key,
+                keys[saes.KIND],
+                recipe.analyse,
+                recipe.resources.cpus_per_worker,
+            ),
+            [Job("analyse", (group,)) for group in groups],
+            sizes=[float(sum(source.shard_rows[i] for i in group)) for group in groups],
+            workers=recipe.resources.workers,
+            cpus=recipe.resources.cpus_per_worker,
+        )
+        sae = saes.load(run.store, keys[saes.KIND])
+        total = ShardAnalysis(recipe.analyse, sae, len(label_names(source)))
+        for part in found:
+            total.merge(part)
+        features.commit(run.store, wanted, source, sae, total)
+        bar.finish(f"{recipe.sae.d_sae:,} features → {wanted.key}")
+    return wanted.key
+
+
+@task(name="interpret", task_run_name="interpret {recipe.interpret.features} features", **STAGE)
+def interpret(recipe: Recipe, keys: dict[str, str]) -> str:
+    """Explain features in words and score the explanations on held-out documents."""
+    wanted = stages.of_interpretations(recipe, keys)
+    with _stage("interpret", wanted) as (run, bar):
+        if bar is None:
+            return wanted.key
+        check_server(recipe.interpret)
+        source = Activations(run.store, keys[activations.KIND])
+        plan = interpretations.plan(run.store, wanted, source)
+        batches = interpretations.batches(plan)
+        todo = [
+            i for i in range(len(batches)) if not interpretations.has_part(run.store, wanted.key, i)
+        ]
+        replies = run.store.state_dir() / "replies.sqlite"
+        run.work(
+            bar,
+            InterpretWorker,
+            (run.store.url, keys[features.KIND], recipe.interpret, source.corpus, plan, replies),
+            [Job("interpret", (wanted.key, i, batches[i])) for i in todo],
+            sizes=[float(len(batches[i])) for i in todo],
+            workers=recipe.resources.workers,
+            cpus=recipe.resources.cpus_per_worker,
+        )
+        interpretations.commit(run.store, wanted, plan, len(batches))
+        bar.finish(f"{sum(map(len, batches))} features ({recipe.interpret.backend}) → {wanted.key}")
+    return wanted.key
+
+
+@task(name="aggregate", task_run_name="aggregate report", **STAGE)
+def aggregate(recipe: Recipe, keys: dict[str, str]) -> str:
+    """Bring everything together: scorecard, report, table, export."""
+    wanted = stages.of_campaign(recipe, keys)
+    with _stage("aggregate", wanted) as (run, bar):
+        if bar is not None:
+            campaigns.commit(run.store, wanted)
+            bar.finish(f"report → {wanted.key}")
+        card = run.store.manifest(campaigns.KIND, wanted.key).extra["scorecard"]
+        create_table_artifact(card, key="scorecard", description=f"Scorecard of {recipe.name}")
+        create_link_artifact(report_url(run, wanted.key), "report", key="report")
+    return wanted.key
+
+
+def report_url(run: Session, key: str) -> str:
+    """Where a browser finds the report: a file URL for a local store."""
+    path = run.store.path(campaigns.KIND, key, campaigns.REPORT)
+    return Path(path).as_uri() if run.store.is_local else run.store.fs.unstrip_protocol(path)
+
+
+def _check_width(recipe: Recipe, d_in: int) -> None:
+    if recipe.sae.d_in not in (None, d_in):
+        raise UserError(
+            f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width {d_in}: "
+            "correct it or leave it out"
+        )
+
+
+@contextmanager
+def _stage(name: str, wanted: Stage) -> Iterator[tuple[Session, Bar | None]]:
+    """The session, and a bar to show the work on; no bar when the artefact is complete already."""
+    run = session.current()
+    if wanted.done(run.store):
+        run.display.say(f"[green]✓[/] [bold]{name:<10}[/] found {wanted.key}")
+        yield run, None
+        return
+    run.store.sweep(wanted.kind, wanted.key)
+    bar = run.display.bar(name)
+    try:
+        yield run, bar
+    except BaseException:
+        bar.abandon()
+        raise

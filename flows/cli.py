@@ -1,0 +1,243 @@
+"""The `sparsemill` command.
+
+Exit codes: 0 done; 1 done, but something did not go well (a check failed, a bug); 2 not done: bad
+input, an environment that cannot work, or stopped by the user. A user's mistake is one line; only
+--debug shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from flows import recipe as recipes
+from flows.recipe import Recipe
+from sae_ext.errors import Stopped, UserError
+
+app = typer.Typer(
+    name="sparsemill",
+    help="Turn a model's activations into features a person can read.\n\n"
+    "Start with: [bold]sparsemill run recipes/quickstart.yaml[/]. Every result is kept in a store under a key "
+    "made from what it was computed from, so the same command run again does nothing, and one that was "
+    "killed goes on where it stopped.\n\nExit codes: 0 done, 1 something went wrong, 2 refused or stopped.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", envvar="SPARSEMILL_STORE", help="Folder or fsspec URL of the store."),
+]
+DEFAULT_STORE = "store"
+
+
+@app.command()
+def run(path: RecipePath, store: StoreOption = None) -> None:
+    """Run a campaign: harvest, train, analyse, interpret, report.
+
+    What is in the store already is not done again. Ctrl-C stops within seconds; the same command
+    goes on from there.
+
+    Example: [bold]sparsemill run recipes/quickstart.yaml --store /data/mill[/]
+    """
+    _run(_load(path, store))
+
+
+@app.command()
+def tune(
+    path: RecipePath,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials of the search; the recipe's, or 8.")
+    ] = None,
+    parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Search learning rate and λ, then run the campaign with the best of them.
+
+    scikit-optimize proposes, every trial trains an SAE, validation documents judge: lowest FVU with
+    the mean L0 inside `tune.l0_band`. A ledger keeps every trial, so a killed search goes on.
+
+    Example: [bold]sparsemill tune recipes/quickstart.yaml --trials 8 --parallel 2[/]
+    """
+    chosen = _load(path, store)
+    trials = trials or chosen.tune.trials or 8
+    _run(
+        recipes.changed(
+            chosen,
+            {
+                "tune.trials": trials,
+                "tune.parallel": parallel,
+                "tune.initial_trials": min(chosen.tune.initial_trials, max(1, trials // 2)),
+            },
+        )
+    )
+
+
+@app.command()
+def interpret(
+    path: RecipePath,
+    backend: Annotated[str | None, typer.Option(help="rules, or openai for a chat server.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Server, such as http://127.0.0.1:8000/v1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model name the server knows.")] = None,
+    features: Annotated[int | None, typer.Option(help="How many features.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Explain features again, with another backend or more of them, and rebuild the report.
+
+    Harvest, training and analysis are taken from the store. The key of a chat server is read from
+    OPENAI_API_KEY. Every reply is kept, so no question is asked twice.
+
+    Example: [bold]sparsemill interpret recipes/quickstart.yaml --backend openai --base-url
+    http://127.0.0.1:8000/v1 --model NAME[/]
+    """
+    chosen = _load(path, store)
+    given = {"backend": backend, "base_url": base_url, "model": model, "features": features}
+    _run(recipes.changed(chosen, {f"interpret.{name}": value for name, value in given.items()}))
+
+
+@app.command()
+def report(
+    campaign: Annotated[
+        str, typer.Argument(help="Key of a campaign (or its beginning); the newest.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Copy the report and the export there.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Print a campaign's key figures and where its report is; --out copies it with the export.
+
+    The copied folder opens in any browser without a network; `export/` in it is one that SAELens
+    loads.
+
+    Example: [bold]sparsemill report --out /tmp/quickstart[/]
+    """
+    from flows import showing
+
+    showing.report(console, store or DEFAULT_STORE, campaign, out)
+
+
+@app.command("ls")
+def list_artefacts(
+    kind: Annotated[
+        str, typer.Argument(help="activations, saes, trials, features, ...; all.")
+    ] = "",
+    store: StoreOption = None,
+) -> None:
+    """List what the store holds, newest first."""
+    from flows import showing
+
+    showing.listing(console, store or DEFAULT_STORE, kind)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="A key (or its beginning), or a recipe file.")],
+    feature: Annotated[int | None, typer.Option(help="Show this feature's evidence.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Show one artefact: what it was made from, its files, its figures; or a recipe with every default.
+
+    Examples: [bold]sparsemill show 3f2a[/], [bold]sparsemill show 3f2a --feature 17[/],
+    [bold]sparsemill show recipes/quickstart.yaml[/]
+    """
+    from flows import showing
+
+    if what.endswith((".yaml", ".yml")):
+        console.print(recipes.to_yaml(_load(Path(what), store)), markup=False)
+    else:
+        showing.artefact(console, store or DEFAULT_STORE, what, feature)
+
+
+@app.command()
+def doctor(store: StoreOption = None) -> None:
+    """Say what works here: kernels, Prefect, Ray, the store; exit code 1 if something does not."""
+    from flows import doctor as checks
+
+    if not checks.report(console, store or DEFAULT_STORE):
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    path: RecipePath,
+    cron: Annotated[str, typer.Option(help="When the scheduled deployment runs.")] = "0 2 * * *",
+    store: StoreOption = None,
+) -> None:
+    """Offer the campaign in Prefect: one deployment on a schedule, one on demand; until Ctrl-C.
+
+    With PREFECT_API_URL set, both appear in that server; else a server of our own is started and its
+    UI address printed.
+
+    Example: [bold]sparsemill serve recipes/quickstart.yaml --cron "0 2 * * *"[/]
+    """
+    from flows import serving
+
+    serving.serve(_load(path, store), cron, console)
+
+
+def _load(path: Path, store: str | None) -> Recipe:
+    return recipes.changed(recipes.load(path), {"store": store})
+
+
+def _run(recipe: Recipe) -> None:
+    from flows import running, showing
+
+    keys = running.run(recipe)
+    showing.report(console, recipe.store, keys["campaigns"], None)
+
+
+@app.callback()
+def settings(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and every log line.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+    if debug:
+        os.environ["SPARSEMILL_DEBUG"] = "1"
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "DEBUG"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        code = _refused("error", str(error), error)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, Stopped, typer.Abort) as error:
+        code = _refused(
+            "stopped", "what is finished is kept; the same command goes on from there", error
+        )
+    except Exception as error:  # noqa: BLE001 - the last line before a user's terminal
+        _refused(
+            "bug",
+            f"{type(error).__name__}: {error} (run again with --debug for the traceback)",
+            error,
+        )
+        code = 1
+    sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+def _refused(what: str, line: str, error: BaseException) -> int:
+    if os.environ.get("SPARSEMILL_DEBUG"):
+        traceback.print_exception(error)
+    errors.print(f"[bold red]{what}:[/] {escape(line)}", soft_wrap=True)
+    return 2

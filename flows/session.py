@@ -1,0 +1,151 @@
+"""What the tasks of one run share: the store, Ray, the terminal, the stop flag.
+
+A session is opened by the flow and found by its tasks (which run in the flow's process, in its
+thread or in others) through `current`. Opening costs nothing: Ray starts when a task first has
+something to do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from flows.display import Bar, Display
+from flows.recipe import Recipe, Resources
+from sae_ext.store import Store
+from workers import pool
+from workers.cluster import Cluster
+from workers.events import Event, Log, Update
+
+_REPORT_SECONDS = 3.0
+
+_current: Session | None = None
+_lent: Cluster | None = None
+
+
+class Session:
+    """See the module."""
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, display: Display) -> None:
+        self.resources: Resources = recipe.resources
+        self.store = Store.open(recipe.store, writable=True)
+        self.cluster = cluster
+        self.display = display
+        self.stopping = threading.Event()
+
+    def work(
+        self,
+        bar: Bar,
+        worker: type,
+        arguments: tuple[Any, ...],
+        jobs: list[pool.Job],
+        *,
+        sizes: list[float],
+        workers: int,
+        cpus: int,
+        on_result: Callable[[int, Any], None] = lambda job, value: None,
+    ) -> list[Any]:
+        """Run jobs on Ray (see `pool.run`), showing progress in the terminal and in Prefect.
+
+        Args:
+            sizes: how much of the bar each job is; a job's updates count within its share.
+        """
+        self.cluster.wait()
+        report = _PrefectProgress(bar.name)
+        done = [0.0] * len(jobs)
+        total = sum(sizes)
+
+        def on_event(index: int, event: Event) -> None:
+            if isinstance(event, Log):
+                report.logger.log(event.level, "%s", event.message)
+                self.display.log(event.level, bar.name, event.message)
+            elif isinstance(event, Update):
+                done[index] = sizes[index] * event.done / max(event.total, 1e-9)
+                show(event.note)
+
+        def finished(index: int, value: Any) -> None:
+            done[index] = sizes[index]
+            on_result(index, value)
+            show("")
+
+        def show(note: str) -> None:
+            speed = f"{sum(done) / max(time.perf_counter() - bar.started, 1e-9):,.0f}/s"
+            bar.update(sum(done), total, note or speed)
+            report(sum(done) / max(total, 1e-9), note or speed)
+
+        return pool.run(
+            worker,
+            arguments,
+            jobs,
+            workers=workers,
+            cpus=cpus,
+            on_event=on_event,
+            on_result=finished,
+            stop=self.stopping.is_set,
+        )
+
+
+class _PrefectProgress:
+    """The same progress for the Prefect UI: an artifact and a log line every few seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.logger = get_run_logger()
+        self._last = time.perf_counter()
+        self._artifact: Any = None
+
+    def __call__(self, fraction: float, note: str) -> None:
+        now = time.perf_counter()
+        if now - self._last < _REPORT_SECONDS:
+            return
+        self._last = now
+        percent = min(100.0, 100.0 * fraction)
+        self.logger.info("%s: %.0f %% %s", self.name, percent, note)
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(percent, description=self.name)
+            else:
+                update_progress_artifact(self._artifact, progress=percent)
+        except httpx.HTTPError as error:  # a view of the work must never end the work
+            self.logger.warning("progress is not shown: %s", error)
+
+
+@contextmanager
+def lend(cluster: Cluster) -> Iterator[None]:
+    """Give the next flow of this process a Ray that the caller has begun to start and will stop."""
+    global _lent
+    _lent = cluster
+    try:
+        yield
+    finally:
+        _lent = None
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[Session]:
+    """Open the session of a run; on the way out, end the tasks' waiting and stop a Ray of our own."""
+    global _current
+    cluster = _lent or Cluster(recipe.resources.ray_address)
+    with Display() as display:
+        _current = Session(recipe, cluster, display)
+        try:
+            yield _current
+        finally:
+            _current.stopping.set()
+            _current = None
+            if cluster is not _lent:
+                cluster.stop()
+
+
+def current() -> Session:
+    """The session of the run this task belongs to."""
+    if _current is None:
+        raise RuntimeError("tasks run inside a flow that opened a session")
+    return _current

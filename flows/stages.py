@@ -1,0 +1,78 @@
+"""Which artefacts a recipe stands for, and which of them are still to be made.
+
+Imports neither Prefect nor Ray, so that a finished campaign is recognised before either starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from flows.recipe import Recipe
+from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
+from sae_ext.config import with_changes
+from sae_ext.store import Store
+
+Keys = Mapping[str, str]
+"""Keys of the artefacts made so far, by kind."""
+
+
+def of_activations(recipe: Recipe) -> Stage:
+    """Reads the corpus' and the model's files for their hashes."""
+    return activations.stage(recipe.corpus, recipe.host, recipe.harvest)
+
+
+def of_trials(recipe: Recipe, keys: Keys) -> Stage:
+    """The search over learning rate and λ."""
+    return trials.stage(recipe.sae, recipe.train, recipe.tune, keys[activations.KIND])
+
+
+def of_sae(recipe: Recipe, keys: Keys, store: Store) -> Stage:
+    """The final SAE: trained with the winner's learning rate and λ where there was a search."""
+    config = recipe.train
+    if trials.KIND in keys:
+        best = store.manifest(trials.KIND, keys[trials.KIND]).extra["best"]
+        config = with_changes(config, {"lr": best["lr"], "l1": best["l1"]})
+    return saes.stage(recipe.sae, config, keys[activations.KIND])
+
+
+def of_features(recipe: Recipe, keys: Keys) -> Stage:
+    """The analysis."""
+    return features.stage(recipe.analyse, keys[activations.KIND], keys[saes.KIND])
+
+
+def of_interpretations(recipe: Recipe, keys: Keys) -> Stage:
+    """The explanations."""
+    return interpretations.stage(recipe.interpret, keys[features.KIND])
+
+
+def of_campaign(recipe: Recipe, keys: Keys) -> Stage:
+    """The report."""
+    content = recipe.model_dump(mode="json", exclude={"store", "resources"})
+    return campaigns.stage(recipe.name, content, keys)
+
+
+def all_of(recipe: Recipe, store: Store) -> Iterator[Stage]:
+    """Every stage in order; ends early at an unfinished search, whose winner decides the rest."""
+    first = of_activations(recipe)
+    yield first
+    keys = {first.kind: first.key}
+    if recipe.tune.trials:
+        search = of_trials(recipe, keys)
+        yield search
+        if not search.done(store):
+            return
+        keys[search.kind] = search.key
+    for make in (
+        lambda: of_sae(recipe, keys, store),
+        lambda: of_features(recipe, keys),
+        lambda: of_interpretations(recipe, keys),
+        lambda: of_campaign(recipe, keys),
+    ):
+        stage = make()
+        yield stage
+        keys[stage.kind] = stage.key
+
+
+def pending(recipe: Recipe, store: Store) -> bool:
+    """Whether anything is left to do."""
+    return not all(stage.done(store) for stage in all_of(recipe, store))
