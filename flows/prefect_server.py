@@ -86,7 +86,7 @@ class PrefectServer:
         """
         assert self.url is not None
         limit = _START_SECONDS if self.embedded else _CONNECT_SECONDS
-        while not _healthy(self.url):
+        while not answers(self.url):
             if self._child is not None and self._child.poll() is not None:
                 raise UserError(f"the Prefect server did not start: see {self.home / 'server.log'}")
             if time.perf_counter() - self._began > limit:
@@ -125,7 +125,8 @@ def configured_url() -> str | None:
     return str(url) if url else None
 
 
-def _healthy(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a Prefect API answers there."""
     try:
         return httpx.get(f"{url}/health", timeout=2.0).status_code == httpx.codes.OK
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):

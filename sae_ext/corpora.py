@@ -13,6 +13,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,8 +45,8 @@ def load(config: CorpusConfig) -> list[Document]:
     Raises:
         UserError: the source does not exist, a row is malformed, or no document is left.
     """
-    documents = list(_stdlib() if config.source == STDLIB else _jsonl(Path(config.source)))
-    documents = documents[: config.limit]
+    source = _stdlib() if config.source == STDLIB else _jsonl(Path(config.source))
+    documents = list(islice(source, config.limit))
     if not documents:
         raise UserError(f"corpus {config.source!r} holds no documents: give a source with texts")
     return documents
@@ -156,17 +157,23 @@ def _existing(path: Path) -> Path:
 
 
 def _jsonl(path: Path) -> Iterator[Document]:
-    with _existing(path).open(encoding="utf-8") as lines:
+    with _existing(path).open("rb") as lines:  # decoded line by line, to name the one that fails
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 text = row["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str) or not text.strip():
+                text.encode()  # half a surrogate pair is no text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                text = ""
+            if not text.strip():
                 raise UserError(
-                    f'{path}, line {number}: expected an object with a non-empty "text"'
+                    f'{path}, line {number}: expected an object with a non-empty "text" in UTF-8'
                 )
-            yield Document(str(row.get("id", number - 1)), text, str(row.get("label", "")))
+            doc_id, label = row.get("id"), row.get("label")
+            yield Document(
+                str(number - 1 if doc_id is None else doc_id),
+                text,
+                "" if label is None else str(label),
+            )

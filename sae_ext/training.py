@@ -137,7 +137,8 @@ class _State:
             "cursor": self.cursor,
             "config": config,
         }
-        return save_tensors(tensors, {"state": json.dumps(facts, sort_keys=True)})
+        data: bytes = save_tensors(tensors, {"state": json.dumps(facts, sort_keys=True)})
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes, config: dict[str, Any]) -> _State:
@@ -341,7 +342,7 @@ def _history_line(
 def _history_table(history: list[list[float]]) -> pa.Table:
     columns = np.array(history, dtype=np.float64).reshape(-1, len(HISTORY_COLUMNS)).T
     table = {
-        name: pa.array(np.where(np.isnan(values), None, values), pa.float64())
+        name: pa.array(values, mask=np.isnan(values))
         if name.startswith("validation")
         else pa.array(values)
         for name, values in zip(HISTORY_COLUMNS, columns, strict=True)

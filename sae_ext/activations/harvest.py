@@ -25,9 +25,9 @@ _TOKENIZE_AT_ONCE = 1024
 
 
 class Unit(NamedTuple):
-    """One shard to make: documents `start` up to `stop` of the corpus, `rows` rows in all."""
+    """Shard `number` to make: documents `start` up to `stop` of the corpus, `rows` rows in all."""
 
-    index: int
+    number: int
     start: int
     stop: int
     rows: int
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         """File name of the shard without its ending."""
-        return f"shard-{self.index:05d}"
+        return f"shard-{self.number:05d}"
 
 
 class Plan(NamedTuple):
@@ -71,10 +71,10 @@ def plan(
     limit = max(1, int(config.shard_mb * 2**20) // row_bytes)
     units: list[Unit] = []
     start = filled = 0
-    for index, count in enumerate(rows):
-        if filled and filled + count > limit:
-            units.append(Unit(len(units), start, index, filled))
-            start, filled = index, 0
+    for document, count in enumerate(rows):
+        if filled and count and filled + count > limit:
+            units.append(Unit(len(units), start, document, filled))
+            start, filled = document, 0
         filled += count
     if filled:
         units.append(Unit(len(units), start, len(rows), filled))

@@ -155,7 +155,7 @@ def map_tensor(path: Path, name: str) -> npt.NDArray[Any]:
             count=int(np.prod(entry["shape"])),
             offset=8 + header_bytes + entry["data_offsets"][0],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptArtefact(
             f"{path} is not a readable shard ({type(error).__name__}): delete that file and run the same "
             "command, which makes it again"

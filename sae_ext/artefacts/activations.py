@@ -38,7 +38,7 @@ def missing_units(store: Store, key: str, plan: Plan) -> list[Unit]:
         for unit in plan.units
         if not all(
             store.has_file(KIND, key, name)
-            for name in (shard_file(unit.index), provenance_file(unit.index))
+            for name in (shard_file(unit.number), provenance_file(unit.number))
         )
     ]
 
@@ -52,8 +52,8 @@ def put_documents(
 
 def put_unit(store: Store, key: str, unit: Unit, data: ShardData) -> None:
     """Write one shard and its provenance; either file is whole or absent."""
-    store.put_table(KIND, key, provenance_file(unit.index), data.provenance)
-    store.put(KIND, key, shard_file(unit.index), data.activations)
+    store.put_table(KIND, key, provenance_file(unit.number), data.provenance)
+    store.put(KIND, key, shard_file(unit.number), data.activations)
 
 
 def commit(store: Store, stage: Stage, plan: Plan, timings: Mapping[str, float]) -> None:
@@ -61,9 +61,9 @@ def commit(store: Store, stage: Stage, plan: Plan, timings: Mapping[str, float])
     files = {DOCUMENTS: store.facts(KIND, stage.key, DOCUMENTS)}
     sums, d_in = [], 0
     for unit in plan.units:
-        for name in (shard_file(unit.index), provenance_file(unit.index)):
+        for name in (shard_file(unit.number), provenance_file(unit.number)):
             files[name] = store.facts(KIND, stage.key, name)
-        arrays = load_arrays(store.read(KIND, stage.key, shard_file(unit.index)))
+        arrays = load_arrays(store.read(KIND, stage.key, shard_file(unit.number)))
         d_in = int(arrays["x"].shape[1])
         sums.append({name: arrays[name] for name in ("sum", "sum_sq", "norm_sum")})
     rows = sum(plan.rows)

@@ -21,6 +21,8 @@ QUANTILES = 5
 """Equal-count classes of held-out firing windows by activation; positives come evenly from all."""
 STRONG = 0.3
 """A token fires strongly when its activation exceeds this share of the window's largest."""
+QUIET = 400
+"""Random silent windows an explainer may calibrate itself on."""
 TOP_TOKENS = 5
 """How many of the tokens a feature fires on most often make a non-firing window a hard one."""
 
@@ -38,6 +40,8 @@ class FeatureEvidence:
     """Windows in which the feature is verified not to fire, hard ones first."""
     background: Mapping[str, int]
     """Counts of tokens in random windows of training documents."""
+    quiet: tuple[Window, ...] = ()
+    """Random windows in which the feature is verified not to fire, for calibrating a rule."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Examples:
             shown=tuple(self._shown(feature, top, sample)),
             silent=tuple(distinct(hard + easy)[:quota]),
             background=self._background,
+            quiet=tuple(silent[:QUIET]),
         )
 
     def to_score(self, feature: int) -> list[Example]:

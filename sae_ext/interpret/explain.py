@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +18,11 @@ from sae_ext.interpret.parse import REFUSED, TRUNCATED, parse_object
 from sae_ext.interpret.prompts import explain_messages
 
 OK, NO_PATTERN, FAILED = "ok", "no_pattern", "failed"
-MAX_KEYWORDS = 40
-MIN_Z = 2.0
+MAX_KEYWORDS = 100
+MIN_Z = 1.0
+"""Weak keywords are worth keeping: each counts only by its weight."""
+SHOWN_KEYWORDS = 20
+"""Keywords in the text of an explanation; all of them are in the table."""
 PRIOR = 0.01
 """Weight of the corpus' own token counts in the prior."""
 REPLY_TOKENS = 512
@@ -36,7 +40,10 @@ class Explanation:
     """"ok", "no_pattern" (looked, found none) or "failed" (no explanation; text is None)."""
     text: str | None
     keywords: tuple[tuple[str, float], ...] | None = None
-    """Tokens with weights (z-scores), when the explanation is such a list."""
+    """Tokens with weights (log odds), when the explanation is such a list."""
+    threshold: float | None = None
+    """Sum of the weights of a window's keywords from which on the feature is said to fire;
+    any keyword is enough when absent."""
     pattern: str | None = None
     """"token", "context", "topic", "position" or "none", when the explainer says which."""
     confidence: float | None = None
@@ -62,8 +69,10 @@ class LogOddsExplainer:
     """Tokens on which the feature fires more often than chance, without a language model.
 
     Counts of tokens at strongly firing positions are compared with counts everywhere else by log
-    odds under an informative Dirichlet prior; keywords are the tokens with z > 2, at most 40.
-    Source: Monroe, Colaresi and Quinn (2008), "Fightin' Words", section 3.5.1.
+    odds under an informative Dirichlet prior; keywords are the tokens with z > 1, at most 100,
+    weighted by their log odds. The sum that tells firing windows from silent ones best, among the
+    training documents' windows, is the threshold.
+    Source of the log odds: Monroe, Colaresi and Quinn (2008), "Fightin' Words", section 3.5.1.
     """
 
     kind = "baseline:logodds"
@@ -76,24 +85,53 @@ class LogOddsExplainer:
             strong = set(strong_positions(window))
             for i, token in enumerate(window.tokens):
                 (firing if i in strong else elsewhere)[token] += 1
-        scores = log_odds(firing, elsewhere)
-        best = sorted(scores, key=lambda token: (-scores[token], token))[:MAX_KEYWORDS]
-        keywords = tuple((token, scores[token]) for token in best if scores[token] > MIN_Z)
-        text = "fires on: " + ", ".join(t for t, _ in keywords) if keywords else "no pattern"
-        status = OK if keywords else NO_PATTERN
-        return Explanation(evidence.feature, self.kind, status, text, keywords)
+        odds = log_odds(firing, elsewhere)
+        best = sorted(odds, key=lambda token: (-odds[token][1], token))[:MAX_KEYWORDS]
+        weights = {token: odds[token][0] for token in best if odds[token][1] > MIN_Z}
+        if not weights:
+            return Explanation(evidence.feature, self.kind, NO_PATTERN, "no pattern", ())
+        text = "fires on: " + ", ".join(list(weights)[:SHOWN_KEYWORDS])
+        threshold = best_threshold(
+            [keyword_score(weights, w.tokens) for w in evidence.windows],
+            [keyword_score(weights, w.tokens) for w in evidence.quiet],
+        )
+        return Explanation(
+            evidence.feature, self.kind, OK, text, tuple(weights.items()), threshold=threshold
+        )
 
 
-def log_odds(firing: Counter[str], elsewhere: Counter[str]) -> dict[str, float]:
-    """z-score of each firing token's log odds against its log odds elsewhere.
+def keyword_score(weights: Mapping[str, float], tokens: Iterable[str]) -> float:
+    """Sum of the weights of the distinct keywords among the tokens."""
+    return math.fsum(weights[token] for token in weights.keys() & set(tokens))
+
+
+def best_threshold(firing: Sequence[float], silent: Sequence[float]) -> float:
+    """The firing score with the highest balanced accuracy when "at least that" means yes.
+
+    Where no silent window is known, the smallest positive one: any keyword means yes.
+    """
+    candidates = sorted({score for score in firing if score > 0})
+    if not candidates:
+        return math.inf
+
+    def advantage(threshold: float) -> float:
+        hits = sum(score >= threshold for score in firing) / len(firing)
+        alarms = sum(score >= threshold for score in silent) / max(len(silent), 1)
+        return hits - alarms
+
+    return max(candidates, key=advantage)
+
+
+def log_odds(firing: Counter[str], elsewhere: Counter[str]) -> dict[str, tuple[float, float]]:
+    """Each firing token's log odds against its log odds elsewhere, and their z-score.
 
     Args:
         firing: counts y at firing positions.
         elsewhere: counts at all other positions.
 
     Returns:
-        z = (logit_firing - logit_elsewhere) / sqrt(1/(y_firing + α) + 1/(y_elsewhere + α)), with
-        α = `PRIOR` · (both counts together) added to either side.
+        δ = logit_firing - logit_elsewhere and z = δ / sqrt(1/(y_firing + α) + 1/(y_elsewhere + α)),
+        with α = `PRIOR` · (both counts together) added to either side.
     """
     n_firing, n_elsewhere = firing.total(), elsewhere.total()
     prior = PRIOR * (n_firing + n_elsewhere)
@@ -105,7 +143,8 @@ def log_odds(firing: Counter[str], elsewhere: Counter[str]) -> dict[str, float]:
         if rest_inside <= 0 or rest_outside <= 0:
             continue  # the only token there is: nothing to compare it with
         difference = math.log(inside / rest_inside) - math.log(outside / rest_outside)
-        scores[token] = difference / math.sqrt(1 / inside + 1 / outside)
+        z = difference / math.sqrt(1 / inside + 1 / outside)
+        scores[token] = (difference, z)
     return scores
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from sae_ext.interpret.chat import ChatClient, ChatFailed
 from sae_ext.interpret.examples import Example
-from sae_ext.interpret.explain import Explanation
+from sae_ext.interpret.explain import Explanation, keyword_score
 from sae_ext.interpret.parse import REFUSED, parse_answers
 from sae_ext.interpret.prompts import judge_messages
 
@@ -46,7 +46,7 @@ class Judge(Protocol):
 
 
 class KeywordJudge:
-    """Says yes when the window holds any keyword of the explanation; needs no language model."""
+    """Says yes when a window's keywords weigh enough together; needs no language model."""
 
     kind = "rules:keyword"
     model: str | None = None
@@ -55,8 +55,13 @@ class KeywordJudge:
         """Yes or no for each example; no answers where the explanation has no keywords."""
         if explanation.keywords is None:
             return [Answer(e.example_id, None, parse_status="no_keywords") for e in examples]
-        words = {token for token, _ in explanation.keywords}
-        return [Answer(e.example_id, not words.isdisjoint(e.window.tokens)) for e in examples]
+        weights = dict(explanation.keywords)
+        scores = [keyword_score(weights, e.window.tokens) for e in examples]
+        bar = explanation.threshold
+        return [
+            Answer(e.example_id, score > 0 if bar is None else score >= bar)
+            for e, score in zip(examples, scores, strict=True)
+        ]
 
 
 class ChatJudge:

@@ -38,6 +38,7 @@ EXPLANATIONS = pa.schema(
         ("text", pa.string()),
         ("status", pa.string()),
         ("keywords", pa.list_(pa.struct([("token", pa.string()), ("weight", pa.float32())]))),
+        ("threshold", pa.float32()),
         ("pattern", pa.string()),
         ("confidence", pa.float32()),
         ("parse_status", pa.string()),

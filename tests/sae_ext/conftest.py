@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def put_activations() -> Callable[..., Activations]:
             "host": vars(HostConfig()),
             "harvest": vars(HarvestConfig(dtype=str(x.dtype))),
         }
-        content = {"rows": str(hash(x.tobytes())), "per_shard": str(documents_per_shard)}
+        content = {"rows": str(zlib.crc32(x.tobytes())), "per_shard": str(documents_per_shard)}
         stage = Stage(activations.KIND, config, content)
         units: list[Unit] = []
         for start in range(0, n, documents_per_shard):

@@ -23,7 +23,7 @@ from sae_ext.config import InterpretConfig
 from sae_ext.errors import UserError
 from sae_ext.interpret import TRIALS, Window, interpret_with, make_plan, scores, summary
 from sae_ext.interpret.examples import Example, FeatureEvidence
-from sae_ext.interpret.explain import Explanation, LogOddsExplainer
+from sae_ext.interpret.explain import Explanation, LogOddsExplainer, best_threshold
 from sae_ext.interpret.judge import Answer, KeywordJudge
 from sae_ext.interpret.score import Confusion, auroc, confusion, median_interval
 
@@ -142,6 +142,23 @@ def test_log_odds_without_a_pattern_say_so():
         FeatureEvidence(0, tuple(windows), (), (), {"the": 9, "a": 9})
     )
     assert (found.status, found.text, found.keywords) == ("no_pattern", "no pattern", ())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer"), [("cat", False), ("dog", True), ("cat dog", True), ("cat bird", True)]
+)
+def test_keywords_must_weigh_enough_together(tokens, answer):
+    weights = (("cat", 1.0), ("bird", 1.0), ("dog", 2.0))
+    explanation = Explanation(0, "k", "ok", "text", weights, threshold=2.0)
+    assert KeywordJudge().ask(explanation, [example(*tokens.split())])[0].yes is answer
+
+
+def test_the_threshold_tells_firing_windows_from_silent_ones():
+    assert best_threshold([1.0, 5.0, 6.0], [0.0, 1.0, 1.0, 2.0]) == 5.0
+
+
+def test_without_a_silent_window_any_keyword_is_enough():
+    assert best_threshold([0.0, 2.0, 3.0], []) == 2.0
 
 
 def test_a_corpus_of_one_token_has_no_keywords():

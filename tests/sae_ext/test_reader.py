@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from sae_ext import corpora
+from sae_ext.activations.reader import (
+    Activations,
+    ShuffledRows,
+    map_tensor,
+    provenance_file,
+    row_statistics,
+    shard_file,
+)
+from sae_ext.config import CorpusConfig
+from sae_ext.errors import CorruptArtefact, UserError
+
+COUNTS = [3, 0, 5, 1, 4, 2, 6, 7, 2]
+
+
+@pytest.fixture
+def made(tmp_path, put_activations):
+    """30 rows [30, 4] of 9 documents in 3 shards, with the array they hold."""
+    x = np.random.default_rng(0).standard_normal((sum(COUNTS), 4)).astype(np.float16)
+    return x, put_activations(tmp_path, x, COUNTS, documents_per_shard=3)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory, put_activations) -> Activations:
+    """100 rows of width 1, each holding its own number."""
+    x = np.arange(100, dtype=np.float32)[:, None]
+    return put_activations(tmp_path_factory.mktemp("n"), x, [10] * 10, documents_per_shard=3)
+
+
+def seen(sampler: ShuffledRows, batches: int) -> list[int]:
+    return torch.cat([sampler.next() for _ in range(batches)]).flatten().int().tolist()
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+def test_the_shards_one_after_another_are_the_rows(made):
+    x, activations = made
+    assert activations.shard_rows == [8, 7, 15]
+    assert (activations.n_rows, activations.d_in) == (30, 4)
+    assert (np.concatenate([activations.shard(i) for i in range(3)]) == x).all()
+
+
+@given(st.lists(st.integers(0, 99), max_size=40))
+@settings(max_examples=40)
+def test_gathered_rows_come_in_the_order_asked_for(numbered, rows):
+    found = numbered.gather(np.array(rows, dtype=np.int64))
+    assert found.dtype == torch.float32
+    assert found.shape == (len(rows), 1)
+    assert found.flatten().tolist() == rows
+
+
+def test_half_precision_rows_are_gathered_as_float32_without_loss(made):
+    x, activations = made
+    order = np.random.default_rng(1).permutation(30)
+    found = activations.gather(order)
+    assert found.dtype == torch.float32
+    assert (found.numpy() == x[order].astype(np.float32)).all()
+
+
+def test_rows_in_order_come_in_batches_with_a_shorter_last_one(made):
+    x, activations = made
+    batches = list(activations.in_order(np.arange(30), 8))
+    assert [len(b) for b in batches] == [8, 8, 8, 6]
+    assert (torch.cat(batches).numpy() == x.astype(np.float32)).all()
+
+
+def test_every_row_belongs_to_its_document(made):
+    _, activations = made
+    assert activations.document_of_row.tolist() == np.repeat(range(9), COUNTS).tolist()
+    names = [activations.provenance(i)["doc_id"].to_pylist() for i in range(3)]
+    assert sum(names, []) == [f"d{d}" for d in activations.document_of_row]
+
+
+def test_a_shard_is_mapped_and_cannot_be_written_to(made):
+    _, activations = made
+    with pytest.raises(ValueError, match="read-only"):
+        activations.shard(0)[0, 0] = 1
+
+
+def test_the_splits_share_the_rows_out_by_document(tmp_path, put_activations):
+    corpus = CorpusConfig(source="made-up.jsonl", validation_percent=30, test_percent=30)
+    x = np.zeros((200, 1), np.float32)
+    activations = put_activations(tmp_path, x, [4] * 50, corpus=corpus)
+    rows = {split: activations.rows(split) for split in ("train", "validation", "test")}
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(200))
+    for split, indices in rows.items():
+        assert len(indices) > 0
+        buckets = [corpora.bucket(f"text number {row // 4}") for row in indices]
+        low, high = {"test": (0, 30), "validation": (30, 60), "train": (60, 100)}[split]
+        assert all(low <= b < high for b in buckets)
+
+
+def test_the_manifest_holds_the_statistics_of_all_rows(made):
+    x, activations = made
+    exact, told = x.astype(np.float64), activations.manifest.extra
+    np.testing.assert_allclose(told["mean"], exact.mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(told["variance"], exact.var(axis=0), rtol=1e-10)
+    assert told["mean_norm"] == pytest.approx(np.linalg.norm(exact, axis=1).mean(), rel=1e-12)
+
+
+def test_statistics_do_not_depend_on_how_the_rows_are_shared_out():
+    x = np.random.default_rng(2).standard_normal((12, 3)) + 5
+
+    def sums(part: np.ndarray) -> dict[str, np.ndarray]:
+        norms = np.linalg.norm(part, axis=1).sum(keepdims=True)
+        return {"sum": part.sum(axis=0), "sum_sq": (part**2).sum(axis=0), "norm_sum": norms}
+
+    whole = row_statistics([sums(x)], 12)
+    parts = row_statistics([sums(x[:5]), sums(x[5:6]), sums(x[6:])], 12)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-12)
+
+
+# -- damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_shard_is_corrupt_when_it_is_first_read(made, damage):
+    _, activations = made
+    path = Path(activations.store.path("activations", activations.key, shard_file(1)))
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-7] if damage == "truncated" else data[:-1] + b"\x7f")
+    assert len(activations.gather(np.arange(8))) == 8
+    with pytest.raises(CorruptArtefact, match=r"shard-00001\.safetensors .*delete that file"):
+        activations.gather(np.arange(8, 9))
+
+
+def test_a_damaged_provenance_table_is_corrupt(made):
+    _, activations = made
+    path = Path(activations.store.path("activations", activations.key, provenance_file(0)))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptArtefact, match=r"shard-00000\.parquet is not a readable table"):
+        activations.provenance(0)
+
+
+def with_header(header: object) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x05",
+        b"\xff" * 40,
+        with_header([]),
+        with_header(3),
+        with_header({"x": {}}),
+        with_header({"x": []}),
+        with_header({"y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + bytes(4),
+        with_header({"x": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}) + bytes(4),
+        with_header({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}) + bytes(4),
+        save({"x": np.ones((6, 2), np.float32)})[:-1],
+    ],
+    ids=["empty", "cut header", "noise", "list", "number", "no facts", "facts a list",
+         "other tensor", "other type", "too short", "cut data"],
+)  # fmt: skip
+def test_a_file_that_is_no_shard_is_corrupt(tmp_path, content):
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtefact, match=r"shard\.safetensors is not a readable shard"):
+        map_tensor(path, "x")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_tensor_is_mapped_as_it_was_saved(tmp_path, dtype):
+    x = np.random.default_rng(0).standard_normal((7, 3)).astype(dtype)
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(save({"before": np.zeros(5, dtype), "x": x, "z": np.ones(2, dtype)}))
+    found = map_tensor(path, "x")
+    assert found.dtype == dtype
+    assert (found == x).all()
+
+
+def test_activations_that_are_not_there_are_a_user_error(made):
+    _, activations = made
+    with pytest.raises(UserError, match="activations/none is not in the store"):
+        Activations(activations.store, "none")
+
+
+# -- batches in random order ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 10, 64])
+def test_every_epoch_is_a_permutation_of_the_rows(numbered, batch_rows):
+    rows = np.arange(20, 84)
+    sampler = ShuffledRows(numbered, rows, batch_rows, seed=3)
+    order = seen(sampler, 3 * 64 // batch_rows)
+    for epoch in range(len(order) // 64):
+        assert sorted(order[epoch * 64 : (epoch + 1) * 64]) == rows.tolist()
+
+
+def test_epochs_and_seeds_give_different_orders(numbered):
+    rows = np.arange(100)
+    order = seen(ShuffledRows(numbered, rows, 100, seed=3), 2)
+    assert order[:100] != order[100:]
+    assert order[:100] != rows.tolist()
+    assert seen(ShuffledRows(numbered, rows, 100, seed=4), 1) != order[:100]
+    assert seen(ShuffledRows(numbered, rows, 100, seed=3), 2) == order
+
+
+@given(st.integers(0, 40), st.integers(1, 33))
+@settings(max_examples=30)
+def test_a_sampler_goes_on_from_its_cursor_as_if_never_stopped(numbered, done, batch_rows):
+    rows = np.arange(5, 60)
+    whole = ShuffledRows(numbered, rows, batch_rows, seed=1)
+    order = seen(whole, done + 4)
+    resumed = ShuffledRows(numbered, rows, batch_rows, seed=1)
+    resumed.cursor = done * batch_rows
+    assert seen(resumed, 4) == order[done * batch_rows :]
+    assert resumed.cursor == whole.cursor
+
+
+def test_a_batch_larger_than_an_epoch_takes_from_several(numbered):
+    order = seen(ShuffledRows(numbered, np.arange(4), 10, seed=0), 1)
+    assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
+    assert len(set(order[8:])) == 2
