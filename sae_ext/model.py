@@ -28,6 +28,12 @@ CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 # The oldest file layout version under which SAELens reads the metadata instead of migrating it.
 _SAELENS_LAYOUT = "6.0.0"
+_PLAIN = {
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
+"""The settings of SAELens under which its numbers are those of the equations above."""
 
 
 @dataclass
@@ -84,9 +90,7 @@ class SAE:
             "d_sae": self.d_sae,
             "dtype": str(p.W_dec.dtype).removeprefix("torch."),
             "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
+            **_PLAIN,
             "metadata": {
                 "sae_lens_version": _SAELENS_LAYOUT,
                 "sae_lens_training_version": None,
@@ -104,28 +108,36 @@ class SAE:
         """Read a folder written by `files`, or by SAELens for its `standard` architecture.
 
         Raises:
-            UserError: a file is missing or unreadable, or the architecture is another one.
+            UserError: a file is missing or unreadable, or the architecture is another one, or the
+                activations are to be changed on their way in.
         """
         try:
             cfg = json.loads((folder / CFG_FILE).read_bytes())
             tensors = load_tensors((folder / WEIGHTS_FILE).read_bytes())
+            architecture = cfg.get("architecture")
+            if architecture != "standard":
+                raise UserError(f"{folder}: architecture {architecture!r} is not one we can read")
+            for name, plain in _PLAIN.items():
+                if cfg.get(name, plain) != plain:
+                    raise UserError(
+                        f"{folder}: {name} is {cfg[name]!r} in {CFG_FILE}, which is not one we can "
+                        f"read: fold it into the weights and set it to {plain!r}"
+                    )
+            parameters = ops.Parameters(
+                W_enc_rows=tensors["W_enc"].T.contiguous(),
+                b_enc=tensors["b_enc"],
+                W_dec=tensors["W_dec"],
+                b_dec=tensors["b_dec"],
+            )
+            return cls(parameters, cfg.get("metadata", {}).get("activation_clip"))
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder} holds no SAE: {Path(str(error.filename)).name} is missing"
             ) from error
-        except (ValueError, SafetensorError) as error:
-            raise UserError(f"{folder}: the SAE cannot be read ({error})") from error
-        if cfg.get("architecture") != "standard":
+        except (ValueError, SafetensorError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{folder}: architecture {cfg.get('architecture')!r} is not one we can read"
-            )
-        parameters = ops.Parameters(
-            W_enc_rows=tensors["W_enc"].T.contiguous(),
-            b_enc=tensors["b_enc"],
-            W_dec=tensors["W_dec"],
-            b_dec=tensors["b_dec"],
-        )
-        return cls(parameters, cfg["metadata"].get("activation_clip"))
+                f"{folder}: the SAE cannot be read ({type(error).__name__}: {error})"
+            ) from error
 
 
 def initial_parameters(d_in: int, d_sae: int, b_dec: Tensor, seed: int) -> ops.Parameters:

@@ -62,10 +62,8 @@ def report_data(store: Store, stage: Stage) -> ReportData:
     searched = "trials" in keys
     return ReportData(
         name=stage.config["name"],
-        created="",
         recipe=stage.config["recipe"],
         keys=keys,
-        timings={},
         scorecard=scorecard(held_out, told),
         summary=held_out,
         history=table(saes.KIND, "history.parquet"),

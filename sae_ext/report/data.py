@@ -118,14 +118,10 @@ class ReportData:
 
     name: str
     """Name of the campaign."""
-    created: str
-    """ISO date (or date and time) of the campaign."""
     recipe: Mapping[str, Any]
     """The resolved recipe, printed as YAML."""
     keys: Mapping[str, str]
     """Stage to artefact key."""
-    timings: Mapping[str, float]
-    """Stage to wall-clock seconds."""
     scorecard: Sequence[Mapping[str, Any]]
     """Rows of metric, value, target, ok, note; ok is None where there is no target."""
     summary: Mapping[str, Any]

@@ -84,7 +84,6 @@ def build_report(
         records=records,
         candidates=len(browser.candidates(data)),
         recipe=yaml.safe_dump(_plain(data.recipe), sort_keys=False, allow_unicode=True),
-        longest=max(data.timings.values(), default=0.0),
     )
     return {"report.html": html.encode(), "plotly.min.js": get_plotlyjs().encode()}
 
@@ -186,6 +185,5 @@ def _environment() -> jinja2.Environment:
         fixed=words.fixed,
         signed=words.signed,
         percent=words.percent,
-        duration=words.duration,
     )
     return environment

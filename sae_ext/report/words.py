@@ -110,20 +110,6 @@ def percent(value: Any) -> str:
     return f"{scaled:.2g} %" if scaled >= 1e-3 else f"{_float(scaled, 3)} %"
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as a duration a person reads: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
-    if missing(seconds):
-        return MISSING
-    whole = round(seconds)
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def uses_language_model(explainer_kind: str | None) -> bool:
     """Whether an explainer asks a language model; baselines do not, and say so in their name."""
     return not (explainer_kind or "").startswith(BASELINE)

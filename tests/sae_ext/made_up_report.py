@@ -47,10 +47,8 @@ def made_up_data(
     live = [f for f, s in enumerate(table["status"].to_pylist()) if s == "ok"][:shown]
     fields: dict[str, Any] = {
         "name": f"made up {HOSTILE}" if hostile else "standard-library-docstrings",
-        "created": "2026-03-14",
         "recipe": {"sae": {"d_sae": n_features}, "corpus": {"source": HOSTILE if hostile else "x"}},
         "keys": {"activations": "5f0c9a11d2e84b70", "saes": "0b6e1d2c3f4a5968"},
-        "timings": {"harvest": 41.2, "train": 388.4, "analyse": 73.9, "interpret": 9.6},
         "scorecard": _scorecard(),
         "summary": _summary(),
         "history": _history(rng),

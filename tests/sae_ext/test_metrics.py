@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up_weights import copied, made_up
+from made_up_weights import made_up
 from torch import Tensor
 
 from sae_ext.metrics import ReconstructionSums, evaluate
@@ -40,7 +40,7 @@ def rows(n: int = 300, d_in: int = 5, offset: float = 0.0, seed: int = 0) -> Ten
 
 @pytest.fixture(scope="module")
 def sae() -> SAE:
-    return SAE(copied(made_up(6, 20, bias=-0.5), torch.float32), clip=1.5)
+    return SAE(made_up(6, 20, bias=-0.5), clip=1.5)
 
 
 # -- explained variance --------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def assert_same(one: dict, two: dict) -> None:
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=6), st.randoms(use_true_random=False))
 @settings(max_examples=20, deadline=None)
 def test_neither_batches_nor_the_order_of_merging_change_the_metrics(sae, sizes, random):
-    x = rows(sum(sizes), 6, offset=1).float()
+    x = rows(sum(sizes), 6, offset=1)
     whole = evaluate(sae, [x]).metrics()
     parts = list(torch.split(x, sizes))
     assert_same(evaluate(sae, parts).metrics(), whole)
@@ -179,7 +179,7 @@ def test_neither_batches_nor_the_order_of_merging_change_the_metrics(sae, sizes,
 
 
 def test_an_evaluation_is_that_of_the_reconstruction_itself(sae):
-    x = rows(200, 6).float()
+    x = rows(200, 6)
     code = sae.encode(x)
     found = evaluate(sae, [x]).metrics()
     assert_same(found, measured(x, sae.decode(code), code, sae.clip, d_sae=20))

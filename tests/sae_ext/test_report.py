@@ -119,7 +119,6 @@ def test_a_campaign_that_stopped_early_still_has_a_page_that_says_so():
     data = made_up_data(
         summary={},
         scorecard=[],
-        timings={},
         interpretation={},
         trials=None,
         histogram_edges=None,
@@ -136,8 +135,8 @@ def test_a_campaign_that_stopped_early_still_has_a_page_that_says_so():
 
 def test_features_without_any_row_give_no_figures():
     tables = {name: empty(name) for name in SCHEMAS if name != "trials"}
-    plain = {"recipe": {}, "keys": {}, "timings": {}, "summary": {}, "interpretation": {}}
-    bare = ReportData(name="bare", created="2026-03-14", scorecard=[], **plain, **tables)
+    plain = {"recipe": {}, "keys": {}, "summary": {}, "interpretation": {}}
+    bare = ReportData(name="bare", scorecard=[], **plain, **tables)
     assert page_of(bare).embedded["figures"]["light"] == {}
 
 
@@ -277,13 +276,6 @@ def test_values_are_shown_with_four_significant_digits(value, text):
 def test_a_small_share_is_never_rounded_to_nothing(share):
     assert not words.percent(share).startswith("0 ")
     assert re.search(r"[1-9]", words.percent(share))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.42, "0.4 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
-)
-def test_durations_are_readable(seconds, text):
-    assert words.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
