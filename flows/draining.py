@@ -8,16 +8,15 @@ import time
 import httpx
 from prefect.logging.handlers import APILogHandler
 
-_PATIENCE_SECONDS = 4.0
 _FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
-def drain(api_url: str) -> None:
+def drain(api_url: str, patience: float) -> None:
     """Send the queued log lines, then wait a little until no run is open on the server."""
     for handler in logging.getLogger("prefect.flow_runs").handlers:
         if isinstance(handler, APILogHandler):
             handler.flush()
-    deadline = time.perf_counter() + _PATIENCE_SECONDS
+    deadline = time.perf_counter() + patience
     with httpx.Client(base_url=api_url, timeout=2.0) as client:
         while time.perf_counter() < deadline:
             try:

@@ -8,8 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import get_state_exception
 from prefect.tasks import Task
-
 from ray.exceptions import RayError
+
 from workers.pool import WorkerDied
 
 

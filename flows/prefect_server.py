@@ -25,7 +25,7 @@ from sae_ext.errors import UserError
 
 _START_SECONDS = 120.0
 _CONNECT_SECONDS = 5.0
-_STOP_SECONDS = 3.0
+_STOP_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 # Telemetry fails noisily without a network, and the console is ours: prefect's own lines go to its
@@ -101,7 +101,7 @@ class PrefectServer:
         """Stop our child; does nothing for a server that is not ours."""
         if self._child is None:
             return
-        self._child.send_signal(signal.SIGINT)
+        self._child.terminate()
         try:
             self._child.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:

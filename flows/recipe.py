@@ -106,7 +106,7 @@ def parse(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from error
     except UserError as error:
-        raise UserError(f"{source}: {_section_of(content, error)}{error}") from error
+        raise UserError(f"{source}: {_section_of(content)}{error}") from error
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -167,7 +167,7 @@ def _keys(model: Any, section: list[str]) -> Iterator[str]:
         yield from (field.name for field in fields(model))
 
 
-def _section_of(content: Mapping[str, Any], error: UserError) -> str:
+def _section_of(content: Mapping[str, Any]) -> str:
     """The section whose own check refused it: the configs name their field, not where they stand."""
     hints = get_type_hints(Recipe)
     for section, values in content.items():
@@ -175,9 +175,8 @@ def _section_of(content: Mapping[str, Any], error: UserError) -> str:
         if is_dataclass(kind) and isinstance(values, Mapping):
             try:
                 kind(**values)  # type: ignore[operator]
-            except UserError as again:
-                if str(again) == str(error):
-                    return f"{section}."
+            except UserError:
+                return f"{section}."
             except TypeError:
                 continue
     return ""

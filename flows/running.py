@@ -7,15 +7,18 @@ our servers are stopped.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from types import FrameType
+
+import psutil
 
 from flows import stages
 from flows.prefect_server import PrefectServer
 from flows.recipe import Recipe
 from sae_ext.store import Store
 from workers.cluster import Cluster
+
+_RAY_SECONDS = 2.5
 
 
 def run(recipe: Recipe) -> dict[str, str]:
@@ -27,9 +30,12 @@ def run(recipe: Recipe) -> dict[str, str]:
     """
     store = Store.open(recipe.store, writable=True)
     todo = stages.pending(recipe, store)
+    if not stages.of_activations(recipe).done(store):
+        stages.preflight(recipe)
     cluster = Cluster(recipe.resources.ray_address)
     server = PrefectServer(store.state_dir())
-    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    patience = 0.0
     try:
         server.begin()
         if todo:
@@ -39,25 +45,35 @@ def run(recipe: Recipe) -> dict[str, str]:
         from flows.session import lend
 
         server.wait()
+        patience = 0.5
         with lend(cluster):
-            return campaign(recipe)
+            keys = campaign(recipe)
+        patience = 5.0
+        return keys
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        _stop(server, cluster)
+        _stop(server, cluster, patience)
 
 
-def _stop(server: PrefectServer, cluster: Cluster) -> None:
-    """Both at once, so that leaving takes as long as the slower one."""
-    ray = threading.Thread(target=cluster.stop, name="ray-stop")
+def _stop(server: PrefectServer, cluster: Cluster, patience: float) -> None:
+    """Both at once, so that leaving takes as long as the slower one; then whatever is left.
+
+    Args:
+        patience: seconds to let our Prefect server take in what the flow reported last.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):  # leaving is bounded; a second one would tear it
+        signal.signal(name, signal.SIG_IGN)
+    family = psutil.Process().children(recursive=True)
+    ray = threading.Thread(target=cluster.stop, name="ray-stop", daemon=True)
     ray.start()
-    try:
-        if server.embedded and "flows.campaign" in sys.modules:
-            from flows.draining import drain
+    if server.embedded and patience:
+        from flows.draining import drain
 
-            drain(server.url or "")
-    finally:
-        server.stop()
-        ray.join()
+        drain(server.url or "", patience)
+    server.stop()
+    ray.join(_RAY_SECONDS)
+    for process in family:  # Ray's agents outlive a Ray that was stopped while it started
+        if process.is_running():
+            process.kill()
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 from rich.console import Console
 
@@ -27,7 +26,9 @@ def serve(recipe: Recipe, cron: str, console: Console) -> None:
     try:
         server.wait()
         console.print(f"Prefect UI  {(server.url or '').removesuffix('/api')}", soft_wrap=True)
-        console.print(f"deployments campaign/{recipe.name}-{SCHEDULED} ({cron}), campaign/{recipe.name}-{ON_DEMAND}")
+        console.print(
+            f"deployments campaign/{recipe.name}-{SCHEDULED} ({cron}), campaign/{recipe.name}-{ON_DEMAND}"
+        )
         _serve(recipe, cron)
     finally:
         server.stop()
@@ -35,19 +36,24 @@ def serve(recipe: Recipe, cron: str, console: Console) -> None:
 
 def _serve(recipe: Recipe, cron: str) -> None:
     from prefect import serve as serve_deployments
+    from prefect.deployments.runner import RunnerDeployment
 
     from flows.campaign import campaign
 
-    settings: dict[str, Any] = {
-        # A run started elsewhere must find the same store, wherever its process stands.
-        "parameters": {"recipe": recipe.model_dump(mode="json")},
-        "tags": ["sparsemill", recipe.name],
-        "description": f"Harvest, train, analyse, interpret and report `{recipe.name}`.",
-    }
+    def deployment(name: str, schedule: str | None) -> RunnerDeployment:
+        made = campaign.to_deployment(
+            f"{recipe.name}-{name}",
+            cron=schedule,
+            parameters={"recipe": recipe.model_dump(mode="json")},
+            tags=["sparsemill", recipe.name],
+            description=f"Harvest, train, analyse, interpret and report `{recipe.name}`.",
+        )
+        assert isinstance(made, RunnerDeployment)  # a coroutine only when called from one
+        return made
+
     try:
-        scheduled = campaign.to_deployment(f"{recipe.name}-{SCHEDULED}", cron=cron, **settings)
+        scheduled = deployment(SCHEDULED, cron)
     except ValueError as error:
-        raise UserError(f"--cron {cron!r} is not a schedule ({error}): such as \"0 2 * * *\"") from error
-    on_demand = campaign.to_deployment(f"{recipe.name}-{ON_DEMAND}", **settings)
+        raise UserError(f'--cron {cron!r} is not a schedule: write such as "0 2 * * *"') from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve_deployments(scheduled, on_demand, pause_on_shutdown=False)
+    serve_deployments(scheduled, deployment(ON_DEMAND, None))

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from flows.recipe import Recipe
+from sae_ext import corpora, host
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
 from sae_ext.config import with_changes
+from sae_ext.errors import UserError
 from sae_ext.store import Store
 
 Keys = Mapping[str, str]
@@ -62,15 +64,29 @@ def all_of(recipe: Recipe, store: Store) -> Iterator[Stage]:
         if not search.done(store):
             return
         keys[search.kind] = search.key
-    for make in (
-        lambda: of_sae(recipe, keys, store),
-        lambda: of_features(recipe, keys),
-        lambda: of_interpretations(recipe, keys),
-        lambda: of_campaign(recipe, keys),
-    ):
-        stage = make()
-        yield stage
+    sae = of_sae(recipe, keys, store)
+    keys[sae.kind] = sae.key
+    yield sae
+    for of in (of_features, of_interpretations, of_campaign):
+        stage = of(recipe, keys)
         keys[stage.kind] = stage.key
+        yield stage
+
+
+def preflight(recipe: Recipe) -> None:
+    """Look at what can be looked at quickly, before anything is started.
+
+    Raises:
+        UserError: `sae.d_in` does not fit the host model, or the user's corpus cannot be read.
+    """
+    if recipe.corpus.source != corpora.STDLIB:
+        corpora.load(recipe.corpus)
+    d_in = host.width(host.resolve(recipe.host.model), recipe.host.layer)
+    if recipe.sae.d_in not in (None, d_in):
+        raise UserError(
+            f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width "
+            f"{d_in}: correct it or leave it out"
+        )
 
 
 def pending(recipe: Recipe, store: Store) -> bool:

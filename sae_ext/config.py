@@ -7,6 +7,7 @@ what changes the result: how many workers share the work belongs to `flows.recip
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,6 +25,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _require(ok: bool, what: str) -> None:
     if not ok:
         raise UserError(what)
+
+
+def _require_finite(config: Any) -> None:
+    """Infinity has no place in a key; where no bound is wanted, the field is left out."""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(
+                not (isinstance(number, float) and math.isinf(number)),
+                f"{name} must be finite, got {number}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,7 @@ class HarvestConfig:
     """Leave out [CLS], [SEP] and the like: their activations are large and say little."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
         _require(self.batch_tokens > 0, f"batch_tokens must be positive, got {self.batch_tokens}")
 
@@ -107,6 +119,7 @@ class SAEConfig:
     """Upper bound on a feature's activation, in units where E‖x‖ = sqrt(d_in); none when absent."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.d_sae > 0, f"d_sae must be at least 1, got {self.d_sae}")
         _require(self.d_in is None or self.d_in > 0, f"d_in must be at least 1, got {self.d_in}")
         _require(self.clip is None or self.clip > 0, f"clip must be positive, got {self.clip}")
@@ -144,6 +157,7 @@ class TrainConfig:
     """Steps between lines of the history."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("steps", "batch_rows", "checkpoint_every", "log_every"):
             _require(
                 getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
@@ -188,6 +202,7 @@ class TuneConfig:
     """Seed of the search."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.trials >= 0, f"trials must be 0 or more, got {self.trials}")
         _require(self.parallel > 0, f"parallel must be at least 1, got {self.parallel}")
         _require(

@@ -106,7 +106,8 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where the files are missing
         raise UserError(
-            f"host.model: the tokenizer in {folder} has no vocabulary: add the model's tokenizer files"
+            f"host.model: the tokenizer in {folder} has no vocabulary: add the model's tokenizer "
+            "files"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -21,7 +21,7 @@ from sae_ext.ops import SparseCode
 
 DENSE = 0.1
 """A feature that fires in more than this fraction of rows counts as dense."""
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 """A variance below this fraction of the mean square is what float64 sums leave of zero."""
 
 
@@ -76,7 +76,7 @@ class ReconstructionSums:
             return {"n_rows": 0}
         variance = s["x_sq"] - float(np.square(self.x).sum()) / n
         nnz = int(self.fired.sum())
-        fvu = s["error_sq"] / variance if variance > _ROUNDING * s["x_sq"] else None
+        fvu = s["error_sq"] / variance if variance > ROUNDING * s["x_sq"] else None
         density = self.fired / n
         return {
             "n_rows": n,

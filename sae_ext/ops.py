@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,9 @@ from sae_ext.errors import UserError
 from sae_ext.reference import AdamState, Parameters, SparseCode, StepResult
 
 _log = logging.getLogger("sae_ext")
-if native.MISSING is not None:
+_WARNED = "SPARSEMILL_WARNED_OF_MISSING_KERNELS"
+if native.MISSING is not None and _WARNED not in os.environ:
+    os.environ[_WARNED] = "1"  # worker processes inherit it: one warning for all of a run
     _log.warning(
         "the compiled kernels cannot be used (%s); the slower PyTorch reference takes their place: "
         "install a C++ compiler and run `make setup`",

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -28,7 +29,7 @@ from sae_ext import ops
 from sae_ext.activations.reader import Activations, ShuffledRows
 from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import CorruptArtefact, UserError
-from sae_ext.metrics import evaluate
+from sae_ext.metrics import ROUNDING, evaluate
 from sae_ext.model import SAE, fold_scale, initial_parameters
 
 DEAD_WINDOW_ROWS = 500_000
@@ -150,7 +151,7 @@ class _State:
                 ops.Parameters(**{name: tensors[prefix + name] for name in _PARAMETERS})
                 for prefix in ("", "m.", "v.")
             ]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CorruptArtefact(
                 f"the checkpoint cannot be read ({type(error).__name__}): delete checkpoint/ in the SAE's "
                 "folder to train from the start"
@@ -188,7 +189,8 @@ def train(
             at the end.
 
     Raises:
-        UserError: d_in does not match, a split is empty, or the loss is not finite.
+        UserError: d_in does not match, a split is empty, the rows to train on are all alike, or the
+            loss is not finite.
     """
     splits = {split: activations.rows(split) for split in ("train", "validation")}
     for split, rows in splits.items():
@@ -203,6 +205,8 @@ def train(
             "correct it or leave it out"
         )
     statistics = data_statistics(activations, splits["train"])
+    if statistics.variance <= ROUNDING * statistics.mean_norm**2:
+        raise UserError("the train split's rows are all alike: give the corpus more documents")
     scale = math.sqrt(activations.d_in) / statistics.mean_norm
     identity = {"sae": vars(sae_config), "train": vars(config), "activations": activations.key}
     saved = load_checkpoint()
@@ -301,7 +305,7 @@ def _steps(
             if checkpoint:
                 sae = SAE(fold_scale(state.parameters, scale), sae_config.clip)
                 seen = evaluate(sae, activations.in_order(check_rows, EVALUATION_BATCH)).metrics()
-                validation = (seen["fvu"], seen["l0"])
+                validation = (math.nan if seen["fvu"] is None else seen["fvu"], seen["l0"])
             variance = statistics.variance * scale**2
             line = _history_line(state, window, variance, lr, l1, validation)
             state.history.append(line)

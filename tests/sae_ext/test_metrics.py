@@ -23,9 +23,7 @@ def code_with(l0: list[int], value: float = 1.0) -> SparseCode:
     """A row for each number, with features 0, 1, … up to it active."""
     col = [j for n in l0 for j in range(n)]
     row_ptr = torch.tensor([0, *np.cumsum(l0).tolist()], dtype=torch.int64)
-    return SparseCode(
-        row_ptr, torch.tensor(col, dtype=torch.int32), torch.full((len(col),), value)
-    )
+    return SparseCode(row_ptr, torch.tensor(col, dtype=torch.int32), torch.full((len(col),), value))
 
 
 def measured(x: Tensor, guess: Tensor, code: SparseCode | None = None, clip=None, d_sae=8):

@@ -80,8 +80,8 @@ def test_rows_in_order_come_in_batches_with_a_shorter_last_one(made):
 def test_every_row_belongs_to_its_document(made):
     _, activations = made
     assert activations.document_of_row.tolist() == np.repeat(range(9), COUNTS).tolist()
-    names = [activations.provenance(i)["doc_id"].to_pylist() for i in range(3)]
-    assert sum(names, []) == [f"d{d}" for d in activations.document_of_row]
+    names = [name for i in range(3) for name in activations.provenance(i)["doc_id"].to_pylist()]
+    assert names == [f"d{d}" for d in activations.document_of_row]
 
 
 def test_a_shard_is_mapped_and_cannot_be_written_to(made):

@@ -1,0 +1,111 @@
+"""A whole campaign on made-up activations, without a model: what a peer is given to read."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors.numpy import save
+
+from sae_ext.activations.harvest import Plan, ShardData, Unit
+from sae_ext.activations.reader import Activations
+from sae_ext.analysis import analyse_shard
+from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes
+from sae_ext.config import (
+    AnalyseConfig,
+    CorpusConfig,
+    HarvestConfig,
+    HostConfig,
+    InterpretConfig,
+    SAEConfig,
+    TrainConfig,
+    to_dict,
+)
+from sae_ext.corpora import Document
+from sae_ext.interpret.run import interpret_features
+from sae_ext.store import Store
+
+MODEL = "made-up-model"
+
+_DOCUMENTS, _ROWS_EACH, _D_IN, _DIRECTIONS = 120, 20, 16, 24
+_CORPUS = CorpusConfig(source="made-up.jsonl", validation_percent=20, test_percent=30)
+_SAE = SAEConfig(d_sae=48, clip=20.0)
+_TRAIN = TrainConfig(steps=120, batch_rows=256, lr=0.01, l1=0.5, l1_warmup_steps=20)
+_ANALYSE = AnalyseConfig(window=10, pool=200)
+_INTERPRET = InterpretConfig(features=5, positives=5, negatives=5)
+
+
+def commit_campaign(store: Store) -> str:
+    """Make every artefact of a small campaign; returns the campaign's key."""
+    source = _activations(store)
+    trained = saes.stage(_SAE, _TRAIN, source.key)
+    for _ in saes.train_and_commit(store, trained):
+        pass
+    found = features.stage(_ANALYSE, source.key, trained.key)
+    sae = saes.load(store, trained.key)
+    features.commit(store, found, source, sae, analyse_shard(source, sae, _ANALYSE, 0))
+    told = _interpretations(store, found.key, source)
+    keys = {
+        activations.KIND: source.key,
+        saes.KIND: trained.key,
+        features.KIND: found.key,
+        interpretations.KIND: told.key,
+    }
+    campaign = campaigns.stage("made-up", {"sae": to_dict(_SAE), "train": to_dict(_TRAIN)}, keys)
+    campaigns.commit(store, campaign)
+    return campaign.key
+
+
+def _activations(store: Store) -> Activations:
+    """One shard of rows far from unit scale, each a sum of a few fixed directions."""
+    x = _rows()
+    exact = x.astype(np.float64)
+    arrays = {
+        "x": x,
+        "sum": exact.sum(axis=0),
+        "sum_sq": np.square(exact).sum(axis=0),
+        "norm_sum": np.linalg.norm(exact, axis=1).sum(keepdims=True),
+    }
+    position = np.tile(np.arange(_ROWS_EACH, dtype=np.int32), _DOCUMENTS)
+    provenance = pa.table(
+        {
+            "doc_id": np.repeat([f"d{i}" for i in range(_DOCUMENTS)], _ROWS_EACH).tolist(),
+            "position": position,
+            "token_id": position,
+            "token_text": [f"t{p}" for p in position.tolist()],
+        }
+    )
+    config = {
+        "corpus": to_dict(_CORPUS),
+        "host": to_dict(HostConfig(model=MODEL)),
+        "harvest": to_dict(HarvestConfig(dtype="float32")),
+    }
+    stage = Stage(activations.KIND, config, {"corpus": "made-up", "model": MODEL})
+    unit = Unit(0, 0, _DOCUMENTS, len(x))
+    plan = Plan([_ROWS_EACH] * _DOCUMENTS, [unit])
+    documents = [Document(f"d{i}", f"text number {i}", "") for i in range(_DOCUMENTS)]
+    activations.put_documents(store, stage.key, documents, plan)
+    activations.put_unit(store, stage.key, unit, ShardData(save(arrays), provenance))
+    activations.commit(store, stage, plan, {})
+    return Activations(store, stage.key)
+
+
+def _rows() -> npt.NDArray[np.float32]:
+    rng = np.random.default_rng(3)
+    directions = rng.standard_normal((_DIRECTIONS, _D_IN))
+    fires = rng.random((_DOCUMENTS * _ROWS_EACH, _DIRECTIONS)) < 0.08
+    z = np.where(fires, rng.uniform(1, 3, fires.shape), 0)
+    noise = 0.05 * rng.standard_normal((len(z), _D_IN))
+    return (40 * (z @ directions + noise + 0.5)).astype(np.float32)
+
+
+def _interpretations(store: Store, features_key: str, source: Activations) -> Stage:
+    stage = interpretations.stage(_INTERPRET, features_key)
+    plan = interpretations.plan(store, stage, source)
+    evidence = interpretations.evidence(store, features_key)
+    batches = interpretations.batches(plan)
+    for index, batch in enumerate(batches):
+        told = interpret_features(batch, evidence, plan, _INTERPRET, source.corpus)
+        interpretations.put_part(store, stage.key, index, told)
+    interpretations.commit(store, stage, plan, len(batches))
+    return stage
