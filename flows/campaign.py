@@ -15,7 +15,7 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from flows import session, stages, tuning
-from flows.display import Bar
+from flows.display import Bar, figure
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from flows.session import Session
@@ -111,7 +111,7 @@ def train(recipe: Recipe, keys: dict[str, str]) -> str:
             cpus=recipe.resources.train_cpus,
         )
         bar.finish(
-            f"validation FVU {validation['fvu']:.3f} at L0 {validation['l0']:.1f} → {wanted.key}"
+            f"validation FVU {figure(validation['fvu'])} at L0 {validation['l0']:.1f} → {wanted.key}"
         )
     return wanted.key
 

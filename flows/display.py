@@ -98,3 +98,8 @@ class Display:
 
 def _escape(text: Any) -> str:
     return str(text).replace("[", r"\[")
+
+
+def figure(value: float | None) -> str:
+    """A number for a person; what was not computed is never shown as one."""
+    return "not computed" if value is None else f"{value:.3f}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sae_ext.config import (
     AnalyseConfig,
@@ -171,13 +171,12 @@ def _section_of(content: Mapping[str, Any]) -> str:
     """The section whose own check refused it: the configs name their field, not where they stand."""
     hints = get_type_hints(Recipe)
     for section, values in content.items():
-        kind = hints.get(section)
-        if is_dataclass(kind) and isinstance(values, Mapping):
+        if is_dataclass(hints.get(section)):
             try:
-                kind(**values)  # type: ignore[operator]
+                TypeAdapter(hints[section]).validate_python(values)
             except UserError:
                 return f"{section}."
-            except TypeError:
+            except ValidationError:
                 continue
     return ""
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flows.display import figure
 from sae_ext.artefacts import campaigns, features
 from sae_ext.errors import UserError
 from sae_ext.store import KINDS, Manifest, Store
@@ -33,8 +34,7 @@ def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
     table.add_column("", style="dim")
     for line in manifest.extra["scorecard"]:
         verdict = {True: "[green]ok[/]", False: "[red]MISSED[/]", None: ""}[line["ok"]]
-        value = "not computed" if line["value"] is None else f"{line['value']:.3f}"
-        table.add_row(line["metric"], value, line["target"] or "", verdict, line["note"])
+        table.add_row(line["metric"], figure(line["value"]), line["target"] or "", verdict, line["note"])
     console.print(table)
     folder = store.path(campaigns.KIND, key)
     if out is not None:
@@ -146,7 +146,7 @@ def _gist(manifest: Manifest) -> str:
             )
         case "saes":
             seen = extra["validation"]
-            return f"d_sae {config['sae']['d_sae']}, FVU {seen['fvu']:.3f} at L0 {seen['l0']:.1f}"
+            return f"d_sae {config['sae']['d_sae']}, FVU {figure(seen['fvu'])} at L0 {seen['l0']:.1f}"
         case "trials":
             return f"{extra['n_trials']} trials, best FVU {extra['best']['fvu']:.3f}"
         case "features":

@@ -145,6 +145,8 @@ def _run_round(book: Ledger, recipe: Recipe, source: str, round_: Sequence[Trial
         for candidate, future in futures:
             try:
                 key, seen = future.result()
+                if seen["fvu"] is None:
+                    raise UserError("the validation rows are all alike, so FVU means nothing")
             except (Stopped, KeyboardInterrupt, SystemExit):
                 raise
             except Exception as error:  # noqa: BLE001 - a failed trial is a row, never fatal

@@ -186,7 +186,6 @@ def test_a_value_out_of_range_is_refused_with_its_section(content, named):
     assert f"recipe: {named}" in refusal({"name": "n", **content})
 
 
-@pytest.mark.xfail(strict=True, reason="the section is not found for a number that YAML calls text")
 def test_a_number_in_scientific_notation_out_of_range_is_refused_with_its_section(write):
     with pytest.raises(UserError, match=r": train\.lr must be positive"):
         load(write("name: n\ntrain: {lr: -1e-3}\n"))

@@ -38,8 +38,9 @@ def threads():
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    # Sums of activations near 1000 that cancel lose three digits more than the parameters show.
     error = (got - expected).norm().item()
-    assert error <= 1e-12 * (1 + expected.norm().item()), f"{name} is off by {error:g}"
+    assert error <= 1e-11 * (1 + expected.norm().item()), f"{name} is off by {error:g}"
 
 
 sizes = st.sampled_from([1, 2, 3, 7, 16, 31, 64, 65, 97, 130])
