@@ -19,8 +19,6 @@ from flows.display import Bar, figure
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from flows.session import Session
-from sae_ext import corpora, host
-from sae_ext.activations import harvest as harvesting
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import ShardAnalysis, label_names
 from sae_ext.artefacts import (
@@ -70,13 +68,8 @@ def harvest(recipe: Recipe) -> str:
     with _stage("harvest", wanted) as (run, bar):
         if bar is None:
             return wanted.key
-        folder = host.resolve(recipe.host.model)
-        d_in = host.width(folder, recipe.host.layer)
         stages.preflight(recipe)
-        documents = corpora.load(recipe.corpus)
-        plan = harvesting.plan(
-            documents, host.load_tokenizer(folder), recipe.host, recipe.harvest, d_in
-        )
+        documents, plan = stages.planned_harvest(recipe)
         activations.put_documents(run.store, wanted.key, documents, plan)
         units = activations.missing_units(run.store, wanted.key, plan)
         jobs = [Job("make", (wanted.key, u, documents[u.start : u.stop])) for u in units]

@@ -60,7 +60,9 @@ def _shared_memory() -> Check:
     if not folder.is_dir():
         return Check("/dev/shm", True, "not there; Ray uses the disk")
     free = shutil.disk_usage(folder).free
-    remedy = "" if free > _LEAST_SHM else ": Ray falls back to disk; give the container --shm-size=1g"
+    remedy = (
+        "" if free > _LEAST_SHM else ": Ray falls back to disk; give the container --shm-size=1g"
+    )
     return Check("/dev/shm", free > _LEAST_SHM, f"{free / 2**20:,.0f} MB free{remedy}")
 
 

@@ -30,7 +30,8 @@ def run(recipe: Recipe) -> dict[str, str]:
     """
     store = Store.open(recipe.store, writable=True)
     todo = stages.pending(recipe, store)
-    if not stages.of_activations(recipe).done(store):
+    harvest = not stages.of_activations(recipe).done(store)
+    if harvest:
         stages.preflight(recipe)
     cluster = Cluster(recipe.resources.ray_address)
     server = PrefectServer(store.state_dir())
@@ -41,6 +42,8 @@ def run(recipe: Recipe) -> dict[str, str]:
         if todo:
             cluster.begin()
         # After the environment is settled, and while both servers start.
+        if harvest:
+            stages.planned_harvest(recipe)
         from flows.campaign import campaign
         from flows.session import lend
 

@@ -34,7 +34,9 @@ def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
     table.add_column("", style="dim")
     for line in manifest.extra["scorecard"]:
         verdict = {True: "[green]ok[/]", False: "[red]MISSED[/]", None: ""}[line["ok"]]
-        table.add_row(line["metric"], figure(line["value"]), line["target"] or "", verdict, line["note"])
+        table.add_row(
+            line["metric"], figure(line["value"]), line["target"] or "", verdict, line["note"]
+        )
     console.print(table)
     folder = store.path(campaigns.KIND, key)
     if out is not None:
@@ -146,7 +148,9 @@ def _gist(manifest: Manifest) -> str:
             )
         case "saes":
             seen = extra["validation"]
-            return f"d_sae {config['sae']['d_sae']}, FVU {figure(seen['fvu'])} at L0 {seen['l0']:.1f}"
+            return (
+                f"d_sae {config['sae']['d_sae']}, FVU {figure(seen['fvu'])} at L0 {seen['l0']:.1f}"
+            )
         case "trials":
             return f"{extra['n_trials']} trials, best FVU {extra['best']['fvu']:.3f}"
         case "features":

@@ -6,11 +6,14 @@ Imports neither Prefect nor Ray, so that a finished campaign is recognised befor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from flows.recipe import Recipe
 from sae_ext import corpora, host
+from sae_ext.activations.harvest import Plan, plan
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
-from sae_ext.config import with_changes
+from sae_ext.config import CorpusConfig, HarvestConfig, HostConfig, with_changes
+from sae_ext.corpora import Document
 from sae_ext.errors import UserError
 from sae_ext.store import Store
 
@@ -73,6 +76,28 @@ def all_of(recipe: Recipe, store: Store) -> Iterator[Stage]:
         yield stage
 
 
+def planned_harvest(recipe: Recipe) -> tuple[list[Document], Plan]:
+    """The documents and how they are cut into shards; worked out once per process and recipe.
+
+    The command line calls it while its servers start, which takes about as long.
+
+    Raises:
+        UserError: the corpus or the model cannot be read.
+    """
+    return _planned(recipe.corpus, recipe.host, recipe.harvest)
+
+
+@lru_cache(maxsize=1)
+def _planned(
+    corpus: CorpusConfig, host_config: HostConfig, harvest: HarvestConfig
+) -> tuple[list[Document], Plan]:
+    folder = host.resolve(host_config.model)
+    d_in = host.width(folder, host_config.layer)
+    documents = corpora.load(corpus)
+    tokenizer = host.load_tokenizer(folder)
+    return documents, plan(documents, tokenizer, host_config, harvest, d_in)
+
+
 def preflight(recipe: Recipe) -> None:
     """Look at what can be looked at quickly, before anything is started.
 
@@ -81,8 +106,10 @@ def preflight(recipe: Recipe) -> None:
     """
     if recipe.corpus.source != corpora.STDLIB:
         corpora.load(recipe.corpus)
+    if recipe.sae.d_in is None:
+        return
     d_in = host.width(host.resolve(recipe.host.model), recipe.host.layer)
-    if recipe.sae.d_in not in (None, d_in):
+    if recipe.sae.d_in != d_in:
         raise UserError(
             f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width "
             f"{d_in}: correct it or leave it out"

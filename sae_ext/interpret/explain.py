@@ -21,7 +21,7 @@ OK, NO_PATTERN, FAILED = "ok", "no_pattern", "failed"
 MAX_KEYWORDS = 100
 MIN_Z = 1.0
 """Weak keywords are worth keeping: each counts only by its weight."""
-SHOWN_KEYWORDS = 20
+SHOWN_KEYWORDS = 8
 """Keywords in the text of an explanation; all of them are in the table."""
 PRIOR = 0.01
 """Weight of the corpus' own token counts in the prior."""

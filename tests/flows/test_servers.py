@@ -149,7 +149,11 @@ def test_served_deployments_run_on_schedule_and_on_demand(finished, sparsemill, 
 
 def test_a_schedule_that_is_none_is_refused(finished, sparsemill, prefect_api):
     command = sparsemill(
-        "serve", str(finished["recipe"]), "--cron", "every day", env={"PREFECT_API_URL": prefect_api}
+        "serve",
+        str(finished["recipe"]),
+        "--cron",
+        "every day",
+        env={"PREFECT_API_URL": prefect_api},
     )
     assert command.wait() == 2, command.output
     assert "--cron 'every day'" in command.output
