@@ -24,8 +24,8 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-# torch first and by itself: left to another package's requirements, pip may choose a build with
-# gigabytes of libraries for hardware that is not there.
+# torch first and by itself, so that its build is chosen here and not by another package's
+# requirements; where pip is set up with an index of CPU builds, that is the one it takes.
 .venv/.ready: pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
@@ -41,4 +41,4 @@ lint: .venv/.dev
 	@touch $@
 
 clean:
-	rm -rf .venv build store
+	rm -rf .venv build

@@ -7,10 +7,13 @@ kill, or shares what another campaign has done. Prefect shows and retries; the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 
@@ -19,6 +22,7 @@ from flows.display import Bar, figure
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from flows.session import Session
+from sae_ext import host
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import ShardAnalysis, label_names
 from sae_ext.artefacts import (
@@ -30,6 +34,7 @@ from sae_ext.artefacts import (
     saes,
     trials,
 )
+from sae_ext.interpret.chat import KEY_VARIABLE
 from sae_ext.interpret.run import check_server
 from workers.analyse import AnalyseWorker
 from workers.harvest import HarvestWorker
@@ -69,20 +74,27 @@ def harvest(recipe: Recipe) -> str:
         if bar is None:
             return wanted.key
         stages.preflight(recipe)
-        documents, plan = stages.planned_harvest(recipe)
+        documents, plan = stages.planned_harvest(recipe, wanted.key)
         activations.put_documents(run.store, wanted.key, documents, plan)
         units = activations.missing_units(run.store, wanted.key, plan)
         jobs = [Job("make", (wanted.key, u, documents[u.start : u.stop])) for u in units]
-        seconds = run.work(
+        computing: list[float] = []
+        run.work(
             bar,
             HarvestWorker,
-            (run.store.url, recipe.host, recipe.harvest, recipe.resources.cpus_per_worker),
+            (
+                run.store.url,
+                host.portable(recipe.host),
+                recipe.harvest,
+                recipe.resources.cpus_per_worker,
+            ),
             jobs,
             sizes=[float(u.rows) for u in units],
             workers=recipe.resources.workers,
             cpus=recipe.resources.cpus_per_worker,
+            on_result=lambda _, made: computing.append(made[1]),
         )
-        activations.commit(run.store, wanted, plan, {"computing": sum(s for _, s in seconds)})
+        activations.commit(run.store, wanted, plan, {"computing": sum(computing)})
         bar.finish(f"{sum(plan.rows):,} rows of {len(documents):,} documents → {wanted.key}")
     return wanted.key
 
@@ -94,7 +106,7 @@ def train(recipe: Recipe, keys: dict[str, str]) -> str:
     with _stage("train", wanted) as (run, bar):
         if bar is None:
             return wanted.key
-        (validation,) = run.work(
+        run.work(
             bar,
             TrainWorker,
             (run.store.url, recipe.resources.train_cpus),
@@ -103,6 +115,7 @@ def train(recipe: Recipe, keys: dict[str, str]) -> str:
             workers=1,
             cpus=recipe.resources.train_cpus,
         )
+        validation = run.store.manifest(saes.KIND, wanted.key).extra["validation"]
         bar.finish(
             f"validation FVU {figure(validation['fvu'])} at L0 {validation['l0']:.1f} → {wanted.key}"
         )
@@ -119,7 +132,10 @@ def analyse(recipe: Recipe, keys: dict[str, str]) -> str:
         source = Activations(run.store, keys[activations.KIND])
         shards = range(len(source.shard_rows))
         groups = [list(shards[i : i + _SHARDS_PER_JOB]) for i in shards[::_SHARDS_PER_JOB]]
-        found = run.work(
+        sae = saes.load(run.store, keys[saes.KIND])
+        total = ShardAnalysis(recipe.analyse, sae, len(label_names(source)))
+        merged = _InOrder(total.merge)
+        run.work(
             bar,
             AnalyseWorker,
             (
@@ -133,11 +149,8 @@ def analyse(recipe: Recipe, keys: dict[str, str]) -> str:
             sizes=[float(sum(source.shard_rows[i] for i in group)) for group in groups],
             workers=recipe.resources.workers,
             cpus=recipe.resources.cpus_per_worker,
+            on_result=merged,
         )
-        sae = saes.load(run.store, keys[saes.KIND])
-        total = ShardAnalysis(recipe.analyse, sae, len(label_names(source)))
-        for part in found:
-            total.merge(part)
         features.commit(run.store, wanted, source, sae, total)
         bar.finish(f"{recipe.sae.d_sae:,} features → {wanted.key}")
     return wanted.key
@@ -157,11 +170,11 @@ def interpret(recipe: Recipe, keys: dict[str, str]) -> str:
         todo = [
             i for i in range(len(batches)) if not interpretations.has_part(run.store, wanted.key, i)
         ]
-        replies = run.store.state_dir() / "replies.sqlite"
+        api_key = os.environ.get(KEY_VARIABLE)
         run.work(
             bar,
             InterpretWorker,
-            (run.store.url, keys[features.KIND], recipe.interpret, source.corpus, plan, replies),
+            (run.store.url, keys[features.KIND], recipe.interpret, source.corpus, plan, api_key),
             [Job("interpret", (wanted.key, i, batches[i])) for i in todo],
             sizes=[float(len(batches[i])) for i in todo],
             workers=recipe.resources.workers,
@@ -181,9 +194,27 @@ def aggregate(recipe: Recipe, keys: dict[str, str]) -> str:
             campaigns.commit(run.store, wanted)
             bar.finish(f"report → {wanted.key}")
         card = run.store.manifest(campaigns.KIND, wanted.key).extra["scorecard"]
-        create_table_artifact(card, key="scorecard", description=f"Scorecard of {recipe.name}")
-        create_link_artifact(report_url(run, wanted.key), "report", key="report")
+        try:
+            create_table_artifact(card, key="scorecard", description=f"Scorecard of {recipe.name}")
+            create_link_artifact(report_url(run, wanted.key), "report", key="report")
+        except httpx.HTTPError as error:  # a view of the work must never end the work
+            run.display.say(f"[yellow]Prefect does not show the scorecard: {error}[/]")
     return wanted.key
+
+
+class _InOrder:
+    """Passes results on in the order of their jobs, so that float sums come out the same each time."""
+
+    def __init__(self, take: Callable[[Any], None]) -> None:
+        self.take = take
+        self.next = 0
+        self.early: dict[int, Any] = {}
+
+    def __call__(self, index: int, value: Any) -> None:
+        self.early[index] = value
+        while self.next in self.early:
+            self.take(self.early.pop(self.next))
+            self.next += 1
 
 
 def report_url(run: Session, key: str) -> str:

@@ -60,7 +60,7 @@ def run(path: RecipePath, store: StoreOption = None) -> None:
 def tune(
     path: RecipePath,
     trials: Annotated[
-        int | None, typer.Option(help="Trials of the search; the recipe's, or 8.")
+        int | None, typer.Option(min=2, help="Trials of the search; the recipe's, or 8.")
     ] = None,
     parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
     store: StoreOption = None,
@@ -80,7 +80,7 @@ def tune(
             {
                 "tune.trials": trials,
                 "tune.parallel": parallel,
-                "tune.initial_trials": min(chosen.tune.initial_trials, max(1, trials // 2)),
+                "tune.initial_trials": min(chosen.tune.initial_trials, trials - 1),
             },
         )
     )

@@ -94,9 +94,10 @@ def _attempt(name: str, look: Callable[[], str]) -> Check:
 
 
 def _store(url: str) -> str:
-    new = not Path(url).exists()
-    store = Store.open(url, writable=True)
-    if store.is_local and new:
+    store = Store.open(url)
+    new = store.is_local and not Path(store.root).exists()
+    Store.open(url, writable=True)
+    if new:
         Path(store.root).rmdir()
     return f"{store.url} can be written to"
 
@@ -114,6 +115,8 @@ def _ray() -> str:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return "no address: each run starts Ray on this machine"
+    if address == "auto":
+        return "whatever Ray runs on this machine"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=3).close()

@@ -8,14 +8,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import get_state_exception
 from prefect.tasks import Task
-from ray.exceptions import RayError
 
-from workers.pool import WorkerDied
+from workers.pool import TRANSIENT
 
 
 def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """A dead worker or a lost connection may go better next time; a mistake or a stop will not."""
-    return isinstance(get_state_exception(state), WorkerDied | RayError | ConnectionError)
+    return isinstance(get_state_exception(state), TRANSIENT)
 
 
 # Ray's own retries are off: one owner. Results live in the store, so Prefect caches nothing.

@@ -46,7 +46,6 @@ class PrefectServer:
         self.home = state_dir / "prefect"
         self.url = configured_url()
         self.embedded = self.url is None
-        self.seconds = 0.0
         self._child: subprocess.Popen[bytes] | None = None
         self._began = 0.0
 
@@ -95,7 +94,6 @@ class PrefectServer:
                     "PREFECT_API_URL, or unset it to run with a server of our own"
                 )
             time.sleep(0.1)
-        self.seconds = time.perf_counter() - self._began
 
     def stop(self) -> None:
         """Stop our child; does nothing for a server that is not ours."""

@@ -32,7 +32,10 @@ from sae_ext.errors import UserError
 
 
 class Resources(BaseModel):
-    """How the work is spread; changes how long a campaign takes, never its result."""
+    """How the work is spread: how long a campaign takes, not what it finds.
+
+    (Another `train_cpus` may change the last bits of a training: torch then adds in another order.)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

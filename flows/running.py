@@ -6,6 +6,7 @@ our servers are stopped.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -30,8 +31,9 @@ def run(recipe: Recipe) -> dict[str, str]:
     """
     store = Store.open(recipe.store, writable=True)
     todo = stages.pending(recipe, store)
-    harvest = not stages.of_activations(recipe).done(store)
-    if harvest:
+    harvest = stages.of_activations(recipe)
+    reads = not harvest.done(store)
+    if reads:
         stages.preflight(recipe)
     cluster = Cluster(recipe.resources.ray_address)
     server = PrefectServer(store.state_dir())
@@ -42,8 +44,8 @@ def run(recipe: Recipe) -> dict[str, str]:
         if todo:
             cluster.begin()
         # After the environment is settled, and while both servers start.
-        if harvest:
-            stages.planned_harvest(recipe)
+        if reads:
+            stages.planned_harvest(recipe, harvest.key)
         from flows.campaign import campaign
         from flows.session import lend
 
@@ -74,8 +76,9 @@ def _stop(server: PrefectServer, cluster: Cluster, patience: float) -> None:
         drain(server.url or "", patience)
     server.stop()
     ray.join(_RAY_SECONDS)
-    for process in family:  # Ray's agents outlive a Ray that was stopped while it started
-        if process.is_running():
+    # Ray's agents outlive a Ray that was stopped while it started.
+    for process in {*family, *psutil.Process().children(recursive=True)}:
+        with contextlib.suppress(psutil.Error):
             process.kill()
 
 

@@ -44,6 +44,7 @@ def _serve(recipe: Recipe, cron: str) -> None:
         made = campaign.to_deployment(
             f"{recipe.name}-{name}",
             cron=schedule,
+            concurrency_limit=1,
             parameters={"recipe": recipe.model_dump(mode="json")},
             tags=["sparsemill", recipe.name],
             description=f"Harvest, train, analyse, interpret and report `{recipe.name}`.",

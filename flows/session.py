@@ -51,12 +51,14 @@ class Session:
         workers: int,
         cpus: int,
         on_result: Callable[[int, Any], None] = lambda job, value: None,
-    ) -> list[Any]:
+    ) -> None:
         """Run jobs on Ray (see `pool.run`), showing progress in the terminal and in Prefect.
 
         Args:
             sizes: how much of the bar each job is; a job's updates count within its share.
         """
+        if not jobs:
+            return
         self.cluster.wait()
         report = _PrefectProgress(bar.name)
         done = [0.0] * len(jobs)
@@ -73,14 +75,15 @@ class Session:
         def finished(index: int, value: Any) -> None:
             done[index] = sizes[index]
             on_result(index, value)
-            show("")
+            if len(jobs) > 1:  # a job alone has said how it went itself
+                show("")
 
         def show(note: str) -> None:
             speed = f"{sum(done) / max(time.perf_counter() - bar.started, 1e-9):,.0f}/s"
             bar.update(sum(done), total, note or speed)
             report(sum(done) / max(total, 1e-9), note or speed)
 
-        return pool.run(
+        pool.run(
             worker,
             arguments,
             jobs,

@@ -76,20 +76,20 @@ def all_of(recipe: Recipe, store: Store) -> Iterator[Stage]:
         yield stage
 
 
-def planned_harvest(recipe: Recipe) -> tuple[list[Document], Plan]:
-    """The documents and how they are cut into shards; worked out once per process and recipe.
+def planned_harvest(recipe: Recipe, key: str) -> tuple[list[Document], Plan]:
+    """The documents and how they are cut into shards; worked out once per process and key.
 
     The command line calls it while its servers start, which takes about as long.
 
     Raises:
         UserError: the corpus or the model cannot be read.
     """
-    return _planned(recipe.corpus, recipe.host, recipe.harvest)
+    return _planned(key, recipe.corpus, recipe.host, recipe.harvest)
 
 
 @lru_cache(maxsize=1)
 def _planned(
-    corpus: CorpusConfig, host_config: HostConfig, harvest: HarvestConfig
+    _key: str, corpus: CorpusConfig, host_config: HostConfig, harvest: HarvestConfig
 ) -> tuple[list[Document], Plan]:
     folder = host.resolve(host_config.model)
     d_in = host.width(folder, host_config.layer)
@@ -102,14 +102,13 @@ def preflight(recipe: Recipe) -> None:
     """Look at what can be looked at quickly, before anything is started.
 
     Raises:
-        UserError: `sae.d_in` does not fit the host model, or the user's corpus cannot be read.
+        UserError: the host model is not there, has fewer blocks than `host.layer` or another width than
+            `sae.d_in`, or the user's corpus cannot be read.
     """
     if recipe.corpus.source != corpora.STDLIB:
         corpora.load(recipe.corpus)
-    if recipe.sae.d_in is None:
-        return
     d_in = host.width(host.resolve(recipe.host.model), recipe.host.layer)
-    if recipe.sae.d_in != d_in:
+    if recipe.sae.d_in not in (None, d_in):
         raise UserError(
             f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width "
             f"{d_in}: correct it or leave it out"

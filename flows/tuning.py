@@ -21,7 +21,7 @@ from flows.policy import STAGE
 from flows.recipe import Recipe
 from sae_ext.artefacts import Stage, activations, saes, trials
 from sae_ext.config import TuneConfig, with_changes
-from sae_ext.errors import Stopped, UserError
+from sae_ext.errors import Diverged, UserError
 from sae_ext.store import Store
 from workers.pool import Job
 from workers.train import TrainWorker
@@ -146,11 +146,9 @@ def _run_round(book: Ledger, recipe: Recipe, source: str, round_: Sequence[Trial
             try:
                 key, seen = future.result()
                 if seen["fvu"] is None:
-                    raise UserError("the validation rows are all alike, so FVU means nothing")
-            except (Stopped, KeyboardInterrupt, SystemExit):
-                raise
-            except Exception as error:  # noqa: BLE001 - a failed trial is a row, never fatal
-                book.failed(candidate.trial, f"{type(error).__name__}: {error}")
+                    raise Diverged("the validation rows are all alike, so FVU means nothing")
+            except Diverged as error:  # part of the search; anything else stops it, to go on later
+                book.failed(candidate.trial, str(error))
                 continue
             score = trials.objective(seen["fvu"], seen["l0"], recipe.tune.l0_band)
             book.done(candidate.trial, sae=key, fvu=seen["fvu"], l0=seen["l0"], objective=score)

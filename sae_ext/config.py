@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sae_ext.errors import UserError
+
+T = TypeVar("T")
 
 _STRICT: Any = {"extra": "forbid"}  # read by pydantic when a recipe is loaded
 
@@ -282,9 +284,9 @@ class InterpretConfig:
             _require(bool(self.model), "model is needed for backend 'openai': add model or --model")
 
 
-def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
+def with_changes(config: T, changes: Mapping[str, Any]) -> T:
     """A copy of a config with some fields replaced, checked like the original."""
-    return type(config)(**{**asdict(config), **changes})
+    return type(config)(**{**vars(config), **changes})
 
 
 __all__ = [

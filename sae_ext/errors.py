@@ -13,5 +13,9 @@ class CorruptArtefact(UserError):
     """A stored file is missing, truncated or does not match the checksum in its manifest."""
 
 
+class Diverged(UserError):
+    """A training whose numbers cannot be judged: with these hyper-parameters it never will."""
+
+
 class Stopped(Exception):
     """The work was asked to stop (Ctrl-C, cancellation); what is committed stays, the rest resumes."""

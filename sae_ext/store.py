@@ -11,6 +11,7 @@ object store's PUT is the atomic step there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -88,6 +89,8 @@ class Store:
         # Listings are never cached: other processes add files while this one looks.
         self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        if self.is_local:
+            self.url = self.root  # absolute: a worker elsewhere stands in another folder
 
     @classmethod
     def open(cls, url: str, *, writable: bool = False) -> Store:
@@ -304,8 +307,9 @@ class Store:
         return manifest
 
     def remove(self, kind: str, key: str, name: str) -> None:
-        """Remove one file that no manifest lists."""
-        self.fs.rm_file(self.path(kind, key, name))
+        """Remove one file that no manifest lists; one that is gone already is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(kind, key, name))
 
     def sweep(self, kind: str, key: str) -> None:
         """Remove temporary files that dead processes of this machine left in an artefact's folder."""

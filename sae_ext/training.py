@@ -28,7 +28,7 @@ from torch import Tensor
 from sae_ext import ops
 from sae_ext.activations.reader import Activations, ShuffledRows
 from sae_ext.config import SAEConfig, TrainConfig
-from sae_ext.errors import CorruptArtefact, UserError
+from sae_ext.errors import CorruptArtefact, Diverged, UserError
 from sae_ext.metrics import ROUNDING, evaluate
 from sae_ext.model import SAE, fold_scale, initial_parameters
 
@@ -295,7 +295,7 @@ def _steps(
         state.silent_rows = torch.where(result.fired > 0, 0, state.silent_rows + config.batch_rows)
         window.add(config.batch_rows, result)
         if not math.isfinite(result.squared_error + result.l1):
-            raise UserError(
+            raise Diverged(
                 f"the loss is not finite at step {state.step}: lower train.lr (now {config.lr:g}) or raise "
                 "train.lr_warmup_steps; the last checkpoint is kept"
             )

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 import torch
 
 from sae_ext.activations.reader import Activations
-from sae_ext.analysis import ShardAnalysis, analyse_shard
+from sae_ext.analysis import ShardAnalysis, analyse_shard, label_names
 from sae_ext.artefacts import saes
 from sae_ext.config import AnalyseConfig
 from sae_ext.store import Store
@@ -20,9 +20,9 @@ class AnalyseWorker:
     def __init__(
         self, store_url: str, activations: str, sae: str, config: AnalyseConfig, threads: int
     ) -> None:
-        store = Store(store_url)
-        self.activations = Activations(store, activations)
-        self.sae = saes.load(store, sae)
+        self.store_url = store_url
+        self.activations = activations
+        self.sae = sae
         self.config = config
         self.threads = threads
 
@@ -32,13 +32,10 @@ class AnalyseWorker:
 
     def _analyse(self, shards: list[int]) -> Generator[Update, None, ShardAnalysis]:
         torch.set_num_threads(self.threads)
-        found: ShardAnalysis | None = None
+        store = Store(self.store_url)
+        source, sae = Activations(store, self.activations), saes.load(store, self.sae)
+        found = ShardAnalysis(self.config, sae, len(label_names(source)))
         for done, index in enumerate(shards, start=1):
-            part = analyse_shard(self.activations, self.sae, self.config, index)
-            if found is None:
-                found = part
-            else:
-                found.merge(part)
+            found.merge(analyse_shard(source, sae, self.config, index))
             yield Update(done, len(shards))
-        assert found is not None, "a job holds at least one shard"
         return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from typing import Any
 
 from sae_ext.errors import UserError
@@ -27,10 +26,8 @@ class Cluster:
     Without an address, RAY_ADDRESS counts; without that, Ray starts on this machine.
     """
 
-    def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
+    def __init__(self, address: str | None = None) -> None:
         self.address = address or os.environ.get("RAY_ADDRESS") or None
-        self.cpus = cpus
-        self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._ready = threading.Event()
@@ -64,17 +61,15 @@ class Cluster:
 
     def _live(self) -> None:
         """The thread that starts Ray also stops it: Ray's processes end with the thread that made them."""
-        started = time.perf_counter()
         try:
             (self._join if self.address else self._embed)()
         except UserError as error:
             self._error = error
-        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-            self._error = UserError(
-                f"Ray cannot start ({str(error).splitlines()[0]}): see `sparsemill doctor`"
-            )
-        self.seconds = time.perf_counter() - started
-        self._ready.set()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            self._error = UserError(f"Ray cannot start ({first}): see `sparsemill doctor`")
+        finally:
+            self._ready.set()
         self._released.wait()
         if self._error is None:
             _import_ray().shutdown()
@@ -88,7 +83,7 @@ class Cluster:
         ray = _import_ray()
         ray.init(
             address="local",
-            num_cpus=self.cpus or os.cpu_count(),
+            num_cpus=os.cpu_count(),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level="ERROR",

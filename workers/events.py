@@ -61,18 +61,23 @@ def streamed(work: Generator[Update, None, T]) -> Iterator[Event]:
     for logger in loggers:
         logger.setLevel(logging.INFO)
         logger.addHandler(collector)
+    # No `yield from` below: Ray sends values into generators, which a list's iterator cannot take.
     try:
         while True:
+            last: Result | Update
             try:
-                update = next(work)
+                last = next(work)
             except StopIteration as stop:
-                for line in collector.take():  # no `yield from`: Ray sends values into generators
+                last = Result(stop.value)
+            except Exception:
+                for line in collector.take():
                     yield line
-                yield Result(stop.value)
-                return
+                raise
             for line in collector.take():
                 yield line
-            yield update
+            yield last
+            if isinstance(last, Result):
+                return
     finally:
         for logger in loggers:
             logger.removeHandler(collector)

@@ -7,24 +7,25 @@ Waiting is always in slices with a look at the stop flag, so Ctrl-C ends in a se
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from sae_ext.errors import Stopped
 from workers.cluster import require_cpus
-from workers.events import Event, Log, Result, Update
-
-log = logging.getLogger("workers")
+from workers.events import Event, Result
 
 _SLICE_SECONDS = 0.25
 
 
 class WorkerDied(Exception):
     """A worker process ended in the middle of a job (killed, out of memory, node lost)."""
+
+
+TRANSIENT = (WorkerDied, RayError, ConnectionError)
+"""Faults after which the same work may go well."""
 
 
 class Job(NamedTuple):
@@ -48,11 +49,12 @@ def run(
     on_event: OnEvent = lambda job, event: None,
     on_result: Callable[[int, Any], None] = lambda job, value: None,
     stop: Callable[[], bool] = lambda: False,
-) -> list[Any]:
+) -> None:
     """Run the jobs on up to `workers` actors of `cpus` CPUs each, made from `worker(*arguments)`.
 
-    Returns:
-        The jobs' results, in the order of the jobs.
+    Args:
+        on_event: called with the job's index and each `Update` or `Log` its worker sends.
+        on_result: called with the job's index and its result, in order of completion.
 
     Raises:
         WorkerDied: a worker process died.
@@ -60,56 +62,60 @@ def run(
         Exception: whatever a job raised, as it was raised there.
     """
     if not jobs:
-        return []
+        return
     require_cpus(cpus)
     remote = ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(worker)
-    idle = [remote.remote(*arguments) for _ in range(min(workers, len(jobs)))]
-    actors = list(idle)
-    results: list[Any] = [None] * len(jobs)
-    waiting = list(range(len(jobs)))[::-1]
+    actors = [remote.remote(*arguments) for _ in range(min(workers, len(jobs)))]
+    # Only an actor that exists gets work: where fewer fit than were asked for, the rest never start.
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}
+    idle: list[Any] = []
     running: dict[Any, tuple[int, Any]] = {}
+    waiting = list(range(len(jobs)))[::-1]
     try:
         while waiting or running:
             while waiting and idle:
                 index, actor = waiting.pop(), idle.pop(0)
-                job = jobs[index]
-                call = getattr(actor, job.method).options(num_returns="streaming")
-                running[call.remote(*job.args)] = (index, actor)
-            ready, _ = ray.wait(
-                list(running), num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False
-            )
+                call = getattr(actor, jobs[index].method).options(num_returns="streaming")
+                running[call.remote(*jobs[index].args)] = (index, actor)
+            watched = [*running, *starting]
+            ready, _ = ray.wait(watched, num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False)
             if stop():
                 raise Stopped
-            for stream in ready:
-                index, actor = running[stream]
-                event = _next_event(stream)
+            for each in ready:
+                if each in starting:
+                    _mapped(ray.get, each)
+                    idle.append(starting.pop(each))
+                    continue
+                index, actor = running[each]
+                event = _next_event(each)
                 if event is None:
-                    del running[stream]
+                    del running[each]
                     idle.append(actor)
                 elif isinstance(event, Result):
-                    results[index] = event.value
                     on_result(index, event.value)
                 else:
                     on_event(index, event)
     finally:
         for actor in actors:
             ray.kill(actor)
-    return results
 
 
 def _next_event(stream: Any) -> Event | None:
     """The next thing a job sent; None at its end."""
     try:
-        event: Event = ray.get(next(stream))
+        event: Event = _mapped(lambda: ray.get(next(stream)))
     except StopIteration:
         return None
+    return event
+
+
+def _mapped(get: Callable[..., Any], *arguments: Any) -> Any:
+    """Ray's errors as what they mean here: the job's own exception, or a dead worker."""
+    try:
+        return get(*arguments)
     except RayTaskError as error:
         if error.cause is not None:
             raise error.cause from None
         raise
     except RayActorError as error:
         raise WorkerDied(str(error).splitlines()[0]) from error
-    return event
-
-
-__all__ = ["Job", "Log", "Update", "WorkerDied", "run"]

@@ -32,11 +32,6 @@ class Unit(NamedTuple):
     stop: int
     rows: int
 
-    @property
-    def name(self) -> str:
-        """File name of the shard without its ending."""
-        return f"shard-{self.number:05d}"
-
 
 class Plan(NamedTuple):
     """Rows of each document, and the shards they go to."""

@@ -66,7 +66,12 @@ def put_part(store: Store, key: str, index: int, found: run.Interpretations) -> 
 
 
 def commit(store: Store, stage: Stage, plan: pa.Table, count: int) -> None:
-    """Join the parts of `count` batches, write the manifest, and remove the parts."""
+    """Join the parts of `count` batches, write the manifest, and remove the parts.
+
+    Does nothing when another run of the same work has come first.
+    """
+    if stage.done(store):
+        return
     tables = {PLAN: plan}
     for name, schema in _TABLES.items():
         parts = [store.read_table(KIND, stage.key, _part(name, index)) for index in range(count)]

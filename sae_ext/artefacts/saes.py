@@ -28,9 +28,12 @@ _SPARSITY_FLOOR = 1e-10
 
 def stage(sae: SAEConfig, config: TrainConfig, activations: str) -> Stage:
     """An SAE trained on the activations with that key."""
-    return Stage(
-        KIND, {"sae": to_dict(sae), "train": to_dict(config)}, {"activations": activations}
-    )
+    return Stage(KIND, {"sae": shape(sae), "train": to_dict(config)}, {"activations": activations})
+
+
+def shape(sae: SAEConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the content; `d_in` is only a check."""
+    return {name: value for name, value in to_dict(sae).items() if name != "d_in"}
 
 
 def load(store: Store, key: str) -> SAE:
@@ -84,7 +87,8 @@ def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[
         "hook_name": f"residual_after_block_{source['host']['layer']}",
         "hook_head_index": None,
         "context_size": source["host"]["max_tokens"],
-        "prepend_bos": not source["harvest"]["drop_special_tokens"],
+        "prepend_bos": True,  # the host model always reads them; whether their rows are kept differs
+        "exclude_special_tokens": source["harvest"]["drop_special_tokens"],
         "dataset_path": source["corpus"]["source"],
         "activation_clip_rate": trained.validation["clip_rate"],
         "l0": trained.validation["l0"],

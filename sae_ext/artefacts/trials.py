@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from sae_ext.artefacts import Stage
+from sae_ext.artefacts.saes import shape
 from sae_ext.config import SAEConfig, TrainConfig, TuneConfig, to_dict
 
 KIND = "trials"
@@ -19,7 +20,7 @@ _SEARCHED = ("lr", "l1")
 def stage(sae: SAEConfig, train: TrainConfig, tune: TuneConfig, activations: str) -> Stage:
     """A search; the learning rate and λ written in the recipe do not count, they are searched."""
     fixed = {name: value for name, value in to_dict(train).items() if name not in _SEARCHED}
-    config = {"sae": to_dict(sae), "train": fixed, "tune": to_dict(tune)}
+    config = {"sae": shape(sae), "train": fixed, "tune": to_dict(tune)}
     return Stage(KIND, config, {"activations": activations})
 
 
