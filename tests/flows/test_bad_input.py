@@ -30,7 +30,7 @@ def refused(command, *needles: str) -> None:
         ({"train": {"lr": -1}}, ["train.lr must be positive"]),
         ({"host": {"model": "package:no-such-model"}}, ["no-such-model", "pip install"]),
         ({"host": {"model": "./no-such-folder"}}, ["no-such-folder", "does not exist"]),
-        ({"host": {"layer": 40}, "sae": {"d_in": 384}}, ["host.layer is 40", "6 blocks"]),
+        ({"host": {"layer": 40}}, ["host.layer is 40", "6 blocks"]),
         ({"sae": {"d_in": 512}}, ["sae.d_in is 512", "width 384"]),
         ({"corpus": {"source": "missing.jsonl"}}, ["missing.jsonl", "does not exist"]),
     ],
@@ -110,6 +110,19 @@ def test_a_damaged_shard_is_named_and_made_again_once_deleted(
     again = sparsemill("run", path, "--store", str(store))
     assert again.wait() == 0, again.output
     assert shard.read_bytes() == content
+
+
+def test_damaged_weights_are_named(finished, sparsemill, tmp_path):
+    store = tmp_path / "store"
+    for kind in ("activations", "saes"):
+        shutil.copytree(finished["store"] / kind, store / kind)
+    (key,) = [k.split("/")[1] for k in finished["digests"] if k.startswith("saes/")]
+    weights = store / "saes" / key / "sae_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    command = sparsemill("run", str(finished["recipe"]), "--store", str(store))
+    refused(command, "sae_weights.safetensors", "does not match its checksum")
 
 
 @pytest.mark.parametrize(

