@@ -12,6 +12,7 @@ import threading
 from types import FrameType
 
 import psutil
+from rich.console import Console
 
 from flows import stages
 from flows.prefect_server import PrefectServer
@@ -43,13 +44,14 @@ def run(recipe: Recipe) -> dict[str, str]:
         server.begin()
         if todo:
             cluster.begin()
-        # After the environment is settled, and while both servers start.
-        if reads:
-            stages.planned_harvest(recipe, harvest.key)
-        from flows.campaign import campaign
-        from flows.session import lend
+        with Console(stderr=True).status("starting Prefect and Ray, reading the corpus"):
+            # After the environment is settled, and while both servers start.
+            if reads:
+                stages.planned_harvest(recipe, harvest.key)
+            from flows.campaign import campaign
+            from flows.session import lend
 
-        server.wait()
+            server.wait()
         patience = 0.5
         with lend(cluster):
             keys = campaign(recipe)
