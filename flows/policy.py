@@ -14,7 +14,9 @@ from workers.pool import TRANSIENT
 
 def worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """A dead worker or a lost connection may go better next time; a mistake or a stop will not."""
-    return isinstance(get_state_exception(state), TRANSIENT)
+    # Said outright, as an event loop elsewhere in the process would make the answer a coroutine.
+    ask: Any = get_state_exception
+    return isinstance(ask(state, _sync=True), TRANSIENT)
 
 
 # Ray's own retries are off: one owner. Results live in the store, so Prefect caches nothing.

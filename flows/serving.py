@@ -6,6 +6,7 @@ import signal
 
 from rich.console import Console
 
+from flows import recipe as recipes
 from flows.prefect_server import PrefectServer
 from flows.recipe import Recipe
 from sae_ext.errors import UserError
@@ -29,7 +30,8 @@ def serve(recipe: Recipe, cron: str, console: Console) -> None:
         console.print(
             f"deployments campaign/{recipe.name}-{SCHEDULED} ({cron}), campaign/{recipe.name}-{ON_DEMAND}"
         )
-        _serve(recipe, cron)
+        # A run may stand in another folder: it is told the store's absolute address.
+        _serve(recipes.changed(recipe, {"store": store.url}), cron)
     finally:
         server.stop()
 

@@ -192,7 +192,7 @@ class TuneConfig:
     """Steps of one trial; as many as the final training when absent."""
     lr: tuple[float, float] = (3e-4, 3e-3)
     """Range of the learning rate, searched in log space."""
-    l1: tuple[float, float] = (0.5, 8.0)
+    l1: tuple[float, float] = (1.0, 8.0)
     """Range of λ, searched in log space."""
     l0_band: tuple[float, float] = (16.0, 64.0)
     """Wanted mean number of active features per row; a trial outside is worse than any inside."""

@@ -33,6 +33,11 @@ TINY: dict[str, Any] = {
 DOCUMENTS = 160
 
 
+def hear_interrupts() -> None:
+    """A shell starts background jobs deaf to SIGINT, and so would be what the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """`sparsemill ARGUMENTS` as a user runs it, with its output and its whole family of processes."""
 
@@ -44,6 +49,7 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_interrupts,
             env={**settings, "COLUMNS": "200", **(env or {})},
         )
         self.lines: list[str] = []

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from flows.ledger import DONE, FAILED, Trial
-from flows.tuning import propose
+from flows.ledger import DONE, FAILED, Ledger, Trial
+from flows.recipe import Recipe
+from flows.tuning import _next_round, propose
 from sae_ext.config import TuneConfig
 
 CONFIG = TuneConfig(trials=20, initial_trials=4, lr=(1e-4, 1e-2), l1=(0.5, 8.0))
@@ -152,3 +153,29 @@ def test_the_search_keeps_away_from_where_trials_fail():
 def test_a_trial_on_the_edge_of_the_range_is_accepted(searched):
     edge = trial(4, (CONFIG.lr[1] * (1 + 1e-12), CONFIG.l1[0] * (1 - 1e-12)), 0.9)
     assert inside(propose(CONFIG, [*searched[:4], edge], 1))
+
+
+# -- rounds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parallel", "sizes"),
+    [(1, [1, 1, 1, 1, 1, 1, 1, 1]), (3, [3, 1, 3, 1]), (20, [4, 4])],
+    ids=["one at a time", "the last of the first trials and of all are alone", "as many as fit"],
+)
+def test_a_round_asks_for_as_many_trials_as_run_at_once_and_never_more_than_are_left(
+    tmp_path, parallel, sizes
+):
+    """Eight trials, of which the first four fill the space: no round goes beyond either number."""
+    config = TuneConfig(trials=8, initial_trials=4, parallel=parallel, lr=CONFIG.lr, l1=CONFIG.l1)
+    recipe = Recipe(name="rounds", tune=config)
+    book = Ledger(tmp_path, "search")
+    rounds: list[int] = []
+    while asked := _next_round(book, recipe):
+        assert _next_round(book, recipe) == asked, "a round that has not ended is not added to"
+        rounds.append(len(asked))
+        for t in asked:
+            value = objective(t.lr, t.l1)
+            book.done(t.trial, sae=f"sae-{t.trial}", fvu=value, l0=30.0, objective=value)
+    book.close()
+    assert rounds == sizes
