@@ -50,7 +50,10 @@ def listing(console: Console, url: str, kind: str) -> None:
     if kind and kind not in KINDS:
         raise UserError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     store = Store.open(url)
-    table = Table("kind", "key", "created", "size", "", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("kind", "key", "created", "size"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("")
     for each in [kind] if kind else KINDS:
         for key in store.list(each):
             manifest = store.manifest(each, key)
