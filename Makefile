@@ -8,13 +8,14 @@ RECIPE ?= recipes/quickstart.yaml
 BIN := .venv/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint peers clean
 
 demo: setup
 	$(BIN)/sparsemill run $(RECIPE)
 
+# Threads that spin while they wait slow each other down where tests run several processes.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 setup: .venv/.ready
 
@@ -40,5 +41,22 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# The libraries that `python -m benchmarks.step` measures and tests/external compares with. They have
+# an environment of their own, so that what they ask for changes nothing in ours; it holds Sparsemill
+# without its requirements, and pytest:
+#   .venv-peers/bin/python -m pytest tests/external/test_step_parity.py
+# dictionary-learning's own requirements are far wider, and older, than what it imports.
+PEERS := sae-lens==6.54.12 eai-sparsify==1.3.3 einops nnsight==0.8.1 tqdm pytest pytest-timeout
+
+peers: .venv-peers/.ready
+
+.venv-peers/.ready: pyproject.toml $(NATIVE)
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS)
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  dictionary-learning==0.1.0 -e .
+	@touch $@
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-peers build

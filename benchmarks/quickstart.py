@@ -12,20 +12,16 @@ measured. Needs the packages of the `dev` extra.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import operator
 import os
-import platform
 import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.bare_forward import BareForward
+from benchmarks.records import Value, append, machine, shown
 from benchmarks.watching import Watched, watch
 from flows import recipe as recipes
 from flows.recipe import Recipe
@@ -43,7 +39,7 @@ _FIRST_UNIT = "harvest: loaded "  # a worker says so when its model is there and
 _RELATIONS = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}
 _ELSEWHERE = ("PREFECT_API_URL", "RAY_ADDRESS", "SPARSEMILL_STORE")
 
-Figures = dict[str, float | str | None]
+Figures = dict[str, Value]
 """What was measured, by column of the CSV file; None is not measured."""
 
 LABELS = {
@@ -127,7 +123,7 @@ def measure(path: Path, store: Path) -> tuple[Figures, dict[str, int]]:
     peaks = {name: max(run.peaks.get(name, 0) for run in (first, second)) for name in names}
     largest = max(peaks, key=lambda name: peaks[name])
     figures: Figures = {
-        **_machine(),
+        **machine(),
         **_times(first),
         "second_run_s": second.seconds,
         "peak_rss_gb": peaks[largest] / 1e9,
@@ -150,18 +146,6 @@ def _campaign(path: Path, store: Path) -> Watched:
     if watched.code != 0:
         raise UserError(f"`sparsemill run {path}` ended with {watched.code}: see its lines above")
     return watched
-
-
-def _machine() -> Figures:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": str(os.cpu_count()),
-        "torch": torch.__version__,
-    }
 
 
 def _times(run: Watched) -> Figures:
@@ -197,9 +181,9 @@ def print_table(figures: Figures, peaks: dict[str, int]) -> None:
     """Everything measured, as Markdown."""
     print("| figure | measured |\n|---|---|")
     for name, label in LABELS.items():
-        print(f"| {label} | {_shown(figures[name])} |")
+        print(f"| {label} | {shown(figures[name])} |")
     for process in sorted(peaks, key=lambda name: -peaks[name]):
-        print(f"| memory of {process}, GB | {_shown(peaks[process] / 1e9)} |")
+        print(f"| memory of {process}, GB | {shown(peaks[process] / 1e9)} |")
     print()
 
 
@@ -208,35 +192,8 @@ def print_bar(bar: Bar, measured: float | str | None) -> bool:
     met = bar.met_by(measured)
     what = LABELS[bar.figure].partition(" (")[0]
     verdict = "ok" if met else "MISSED"
-    print(f"bar: {what} {_shown(measured)} {bar.relation} {bar.target:g} {verdict}")
+    print(f"bar: {what} {shown(measured)} {bar.relation} {bar.target:g} {verdict}")
     return met
-
-
-def append(path: Path, figures: Figures) -> None:
-    """Add a row to a CSV file, which is begun with the columns' names.
-
-    Raises:
-        UserError: the file has other columns.
-    """
-    new = not path.exists()
-    if not new:
-        with path.open(encoding="utf-8", newline="") as stream:
-            if next(csv.reader(stream), []) != list(figures):
-                raise UserError(f"{path} has other columns: move it away to begin another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        if new:
-            writer.writerow(figures)
-        writer.writerow("" if v is None else _shown(v) for v in figures.values())
-
-
-def _shown(value: float | str | None) -> str:
-    if value is None:
-        return "not measured"
-    if isinstance(value, str):
-        return value
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _empty(folder: Path) -> Path:

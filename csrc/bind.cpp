@@ -1,7 +1,8 @@
 // The Python face of saek.h: module sae_ext._C. The one file that knows Python.
 //
-// Pointers arrive as integers (Tensor.data_ptr()); the caller keeps the tensors alive and has
-// checked their shapes. The GIL is released while a kernel runs. Error codes become ValueError.
+// Pointers arrive as integers (Tensor.data_ptr(), 0 for none); the caller keeps the tensors alive and has
+// checked their shapes. Groups of arguments arrive as tuples in the order of their C structs. The GIL is
+// released while a kernel runs. Error codes become ValueError, unless the function returns its code.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "saek.h"
 
@@ -19,8 +21,16 @@ namespace py = pybind11;
 namespace {
 
 using Pointer = std::uintptr_t;
-using Code = std::tuple<Pointer, Pointer, Pointer, std::int64_t>;  // row_ptr, col, val, rows
-using Adam = std::tuple<double, double, double, double, std::int64_t>;
+using Int = std::int64_t;
+using Exec = std::tuple<int, int>;                            // dtype, threads
+using Code = std::tuple<Pointer, Pointer, Pointer, Int>;      // row_ptr, col, val, rows
+using Out = std::tuple<Pointer, Pointer, Pointer, Int, Pointer>; // row_ptr, col, val, capacity, counters
+using Entries = std::array<Pointer, 4>;                       // feature_ptr, row, z, dz
+// entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, d_in, d_sae
+using Gradient =
+    std::tuple<Entries, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Int, Int>;
+// lr, beta1, beta2, eps, weight_decay, grad_scale, step
+using Adam = std::tuple<double, double, double, double, double, Pointer, Int>;
 using Moments = std::array<Pointer, 3>;
 
 template <class T = void>
@@ -29,12 +39,24 @@ T* at(Pointer p) {
 }
 
 saek_code code_of(const Code& c) {
-  return {at<const std::int64_t>(std::get<0>(c)), at<const std::int32_t>(std::get<1>(c)),
-          at(std::get<2>(c)), std::get<3>(c)};
+  const auto& [row_ptr, col, val, rows] = c;
+  return {at<const Int>(row_ptr), at<const std::int32_t>(col), at(val), rows};
+}
+
+saek_code_out out_of(const Out& o) {
+  const auto& [row_ptr, col, val, capacity, counters] = o;
+  return {at<Int>(row_ptr), at<std::int32_t>(col), at(val), capacity, at<Int>(counters)};
+}
+
+saek_gradient gradient_of(const Gradient& g) {
+  const auto& [entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, d_in, d_sae] = g;
+  return {{at<const Int>(entries[0]), at<const std::int32_t>(entries[1]), at(entries[2]), at(entries[3])},
+          at(grad), at(xc), at(dW_enc), at(dW_dec), at(grad_b_enc), at(pull), at(W_dec), d_in, d_sae};
 }
 
 saek_adam adam_of(const Adam& a) {
-  return {std::get<0>(a), std::get<1>(a), std::get<2>(a), std::get<3>(a), std::get<4>(a)};
+  const auto& [lr, beta1, beta2, eps, weight_decay, grad_scale, step] = a;
+  return {lr, beta1, beta2, eps, weight_decay, at<const double>(grad_scale), step};
 }
 
 saek_moments moments_of(const Moments& p) { return {at(p[0]), at(p[1]), at(p[2])}; }
@@ -43,123 +65,26 @@ void check(const char* function, int code) {
   if (code != SAEK_OK) throw py::value_error(std::string(function) + ": " + saek_error_string(code));
 }
 
+// Calls a function of saek.h without the GIL. SAEK_OVERFLOW is an answer, as are others of saek_screen.
+template <class Args>
+int call(const char* name, int (*function)(const saek_exec*, const Args*), const Exec& exec,
+         const Args& args) {
+  constexpr bool screens = std::is_same_v<Args, saek_screen_args>;
+  const saek_exec where{SAEK_CPU, std::get<0>(exec), std::get<1>(exec), nullptr, nullptr};
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = function(&where, &args);
+  }
+  if (code != SAEK_OVERFLOW && !(screens && (code == SAEK_TOO_DENSE || code == SAEK_UNSUPPORTED)))
+    check(name, code);
+  return code;
+}
+
 std::string isa() {
   const char* name = saek_isa();
   if (name == nullptr) check("isa", SAEK_BAD_ISA);
   return name;
-}
-
-std::tuple<std::int64_t, std::int64_t> compact(int dtype, Pointer pre, Pointer b_enc, double clip,
-                                               std::int64_t rows, std::int64_t d_sae,
-                                               std::int64_t capacity, int threads, Pointer mask,
-                                               Pointer row_ptr, Pointer col, Pointer val) {
-  saek_compact_args a{};
-  a.pre = at(pre);
-  a.b_enc = at(b_enc);
-  a.clip = clip;
-  a.rows = rows;
-  a.d_sae = d_sae;
-  a.capacity = capacity;
-  a.threads = threads;
-  a.mask = at<std::uint64_t>(mask);
-  a.row_ptr = at<std::int64_t>(row_ptr);
-  a.col = at<std::int32_t>(col);
-  a.val = at(val);
-  int code;
-  {
-    py::gil_scoped_release release;
-    code = saek_compact(dtype, &a);
-  }
-  if (code != SAEK_OVERFLOW) check("compact", code);
-  return {a.needed, a.saturated};
-}
-
-void decode(int dtype, const Code& code, Pointer W_dec, Pointer b_dec, std::int64_t d_in,
-            int threads, Pointer out) {
-  const saek_decode_args a{code_of(code), at(W_dec), at(b_dec), d_in, threads, at(out)};
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = saek_decode(dtype, &a);
-  }
-  check("decode", status);
-}
-
-std::tuple<double, double> residual(int dtype, const Code& code, Pointer W_dec, Pointer xc,
-                                    Pointer recon_weight, Pointer l1_weight, double recon_scale,
-                                    double l1_scale, std::int64_t d_in, int threads,
-                                    Pointer row_partials, Pointer grad, Pointer dz) {
-  saek_residual_args a{};
-  a.code = code_of(code);
-  a.W_dec = at(W_dec);
-  a.xc = at(xc);
-  a.recon_weight = at(recon_weight);
-  a.l1_weight = at(l1_weight);
-  a.recon_scale = recon_scale;
-  a.l1_scale = l1_scale;
-  a.d_in = d_in;
-  a.threads = threads;
-  a.row_partials = at<double>(row_partials);
-  a.grad = at(grad);
-  a.dz = at(dz);
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = saek_residual(dtype, &a);
-  }
-  check("residual", status);
-  return {a.squared_error, a.l1};
-}
-
-void transpose(int dtype, const Code& code, Pointer dz, std::int64_t d_sae, int threads,
-               Pointer counts, Pointer feature_ptr, Pointer row, Pointer z, Pointer dz_by_feature,
-               Pointer grad_b_enc) {
-  const saek_transpose_args a{code_of(code),
-                              at(dz),
-                              d_sae,
-                              threads,
-                              at<std::int64_t>(counts),
-                              at<std::int64_t>(feature_ptr),
-                              at<std::int32_t>(row),
-                              at(z),
-                              at(dz_by_feature),
-                              at(grad_b_enc)};
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = saek_transpose(dtype, &a);
-  }
-  check("transpose", status);
-}
-
-void update_b_dec(int dtype, Pointer grad, Pointer grad_b_enc, Pointer W_enc, std::int64_t rows,
-                  std::int64_t d_in, std::int64_t d_sae, int threads, const Adam& adam,
-                  const Moments& b_dec) {
-  const saek_b_dec_args a{at(grad), at(grad_b_enc), at(W_enc),     rows,             d_in,
-                          d_sae,    threads,        adam_of(adam), moments_of(b_dec)};
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = saek_update_b_dec(dtype, &a);
-  }
-  check("update_b_dec", status);
-}
-
-void update_features(int dtype, Pointer feature_ptr, Pointer row, Pointer z, Pointer dz,
-                     std::int64_t d_sae, Pointer grad, Pointer xc, Pointer grad_b_enc,
-                     std::int64_t d_in, int threads, const Adam& adam, Pointer scratch,
-                     const Moments& W_enc, const Moments& b_enc, const Moments& W_dec) {
-  const saek_by_feature entries{at<const std::int64_t>(feature_ptr), at<const std::int32_t>(row),
-                                at(z), at(dz), d_sae};
-  const saek_features_args a{entries,       at(grad),          at(xc),           at(grad_b_enc),
-                             d_in,          threads,           adam_of(adam),    at(scratch),
-                             moments_of(W_enc), moments_of(b_enc), moments_of(W_dec)};
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = saek_update_features(dtype, &a);
-  }
-  check("update_features", status);
 }
 
 py::dict cuda() {
@@ -193,28 +118,169 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("FLOAT32") = static_cast<int>(SAEK_FLOAT32);
   m.attr("FLOAT64") = static_cast<int>(SAEK_FLOAT64);
-  m.def("isa", &isa, "Instruction set in use: avx512, avx2 or portable.");
+  m.attr("OK") = static_cast<int>(SAEK_OK);
+  m.attr("OVERFLOW") = static_cast<int>(SAEK_OVERFLOW);
+  m.attr("UNSUPPORTED") = static_cast<int>(SAEK_UNSUPPORTED);
+  m.attr("TOO_DENSE") = static_cast<int>(SAEK_TOO_DENSE);
+  m.attr("B_DEC_SHARES") = static_cast<int>(SAEK_B_DEC_SHARES);
+
+  m.def("isa", &isa, "Instruction set in use: avx512vnni, avx512, avx2 or portable.");
   m.def("has_openmp", [] { return saek_has_openmp() != 0; }, "Whether the loops use threads.");
   m.def("cuda", &cuda, "What the CUDA runtime sees, and why there is nothing where there is nothing.");
-  m.def("compact", &compact, named, arg("dtype"), arg("pre"), arg("b_enc"), arg("clip"), arg("rows"),
-        arg("d_sae"), arg("capacity"), arg("threads"), arg("mask"), arg("row_ptr"), arg("col"),
-        arg("val"),
-        "List one chunk's active entries; returns (needed, saturated). Where needed > capacity, "
-        "nothing was listed.");
-  m.def("decode", &decode, named, arg("dtype"), arg("code"), arg("W_dec"), arg("b_dec"), arg("d_in"),
-        arg("threads"), arg("out"), "Reconstruct rows from their active entries.");
-  m.def("residual", &residual, named, arg("dtype"), arg("code"), arg("W_dec"), arg("xc"),
-        arg("recon_weight"), arg("l1_weight"), arg("recon_scale"), arg("l1_scale"), arg("d_in"),
-        arg("threads"), arg("row_partials"), arg("grad"), arg("dz"),
-        "Residual and gradients of each row; returns (squared_error, l1).");
-  m.def("transpose", &transpose, named, arg("dtype"), arg("code"), arg("dz"), arg("d_sae"),
-        arg("threads"), arg("counts"), arg("feature_ptr"), arg("row"), arg("z"),
-        arg("dz_by_feature"), arg("grad_b_enc"), "Order the entries by feature and sum dz.");
-  m.def("update_b_dec", &update_b_dec, named, arg("dtype"), arg("grad"), arg("grad_b_enc"),
-        arg("W_enc"), arg("rows"), arg("d_in"), arg("d_sae"), arg("threads"), arg("adam"),
-        arg("b_dec"), "Gradient and Adam update of b_dec.");
-  m.def("update_features", &update_features, named, arg("dtype"), arg("feature_ptr"), arg("row"),
-        arg("z"), arg("dz"), arg("d_sae"), arg("grad"), arg("xc"), arg("grad_b_enc"), arg("d_in"),
-        arg("threads"), arg("adam"), arg("scratch"), arg("W_enc"), arg("b_enc"), arg("W_dec"),
-        "Gradients, projection, Adam and renormalisation of every feature's weights.");
+
+  m.def(
+      "compact",
+      [](const Exec& exec, Pointer pre, Pointer b_enc, double clip, Int rows, Int d_sae, Pointer mask,
+         const Out& out) {
+        return call("compact", saek_compact, exec,
+                    {at(pre), at(b_enc), clip, rows, d_sae, at<std::uint64_t>(mask), out_of(out)});
+      },
+      named, arg("exec"), arg("pre"), arg("b_enc"), arg("clip"), arg("rows"), arg("d_sae"), arg("mask"),
+      arg("out"), "List the active entries of a chunk of rows; OK or OVERFLOW.");
+  m.def("screen_scratch", &saek_screen_scratch, named, arg("rows"), arg("d_in"), arg("d_sae"),
+        arg("threads"), "Bytes of scratch memory that screen needs.");
+  m.def(
+      "screen",
+      [](const Exec& exec, Pointer xc, Pointer W_enc, Pointer b_enc, double clip, Int rows, Int d_in,
+         Int d_sae, double limit, Pointer scratch, Pointer list_col, Pointer list_val, const Out& out) {
+        return call("screen", saek_screen, exec,
+                    {at(xc), at(W_enc), at(b_enc), clip, rows, d_in, d_sae, limit, at(scratch),
+                     at<std::int32_t>(list_col), at(list_val), out_of(out)});
+      },
+      named, arg("exec"), arg("xc"), arg("W_enc"), arg("b_enc"), arg("clip"), arg("rows"), arg("d_in"),
+      arg("d_sae"), arg("limit"), arg("scratch"), arg("list_col"), arg("list_val"), arg("out"),
+      "List the active entries of rows by way of an 8-bit bound; OK, OVERFLOW, TOO_DENSE or UNSUPPORTED.");
+  m.def(
+      "gather",
+      [](const Exec& exec, Pointer support_ptr, Pointer support_col, Pointer xc, Pointer W_enc,
+         Pointer b_enc, double clip, Int rows, Int d_in, Int support_length, Pointer scratch,
+         const Out& out) {
+        return call("gather", saek_gather, exec,
+                    {at<const Int>(support_ptr), at<const std::int32_t>(support_col), at(xc), at(W_enc),
+                     at(b_enc), clip, rows, d_in, support_length, at(scratch), out_of(out)});
+      },
+      named, arg("exec"), arg("support_ptr"), arg("support_col"), arg("xc"), arg("W_enc"), arg("b_enc"),
+      arg("clip"), arg("rows"), arg("d_in"), arg("support_length"), arg("scratch"), arg("out"),
+      "List the active entries of a given support; OK or OVERFLOW.");
+  m.def(
+      "decode",
+      [](const Exec& exec, const Code& code, Pointer matrix, Pointer bias, Int d_in, Pointer out) {
+        return call("decode", saek_decode, exec, {code_of(code), at(matrix), at(bias), d_in, at(out)});
+      },
+      named, arg("exec"), arg("code"), arg("matrix"), arg("bias"), arg("d_in"),
+      arg("out"), "Weighted sums of a matrix's rows, one for each row of a code.");
+  m.def(
+      "residual",
+      [](const Exec& exec, const Code& code, Pointer W_dec, Pointer xc, Pointer recon_weight,
+         Pointer l1_weight, Pointer feature_weight, double recon_scale, double l1_scale, Int d_in,
+         Pointer row_sums, Pointer grad, Pointer dz, Pointer sums) {
+        return call("residual", saek_residual, exec,
+                    {code_of(code), at(W_dec), at(xc), at(recon_weight), at(l1_weight),
+                     at(feature_weight), recon_scale, l1_scale, d_in, at<double>(row_sums), at(grad),
+                     at(dz), at<double>(sums)});
+      },
+      named, arg("exec"), arg("code"), arg("W_dec"), arg("xc"), arg("recon_weight"), arg("l1_weight"),
+      arg("feature_weight"), arg("recon_scale"), arg("l1_scale"), arg("d_in"), arg("row_sums"),
+      arg("grad"), arg("dz"), arg("sums"), "Residual, loss and both gradients of each row.");
+  m.def(
+      "dz",
+      [](const Exec& exec, const Code& code, Pointer W_dec, Pointer grad, Pointer grad_l1,
+         Pointer feature_weight, Pointer grad_activity, Pointer grad_val, Int d_in, Pointer dz) {
+        return call("dz", saek_dz, exec,
+                    {code_of(code), at(W_dec), at(grad), at(grad_l1), at(feature_weight),
+                     at(grad_activity), at(grad_val), d_in, at(dz)});
+      },
+      named, arg("exec"), arg("code"), arg("W_dec"), arg("grad"), arg("grad_l1"), arg("feature_weight"),
+      arg("grad_activity"), arg("grad_val"), arg("d_in"), arg("dz"),
+      "Gradients of the listed entries from gradients of what was made of them.");
+  m.def(
+      "transpose",
+      [](const Exec& exec, const Code& code, Pointer dz, Pointer row_weight, Int d_sae, Pointer counts,
+         const Entries& entries, Pointer grad_b_enc, Pointer z_sum) {
+        return call("transpose", saek_transpose, exec,
+                    {code_of(code), at(dz), at(row_weight), d_sae, at<Int>(counts), at<Int>(entries[0]),
+                     at<std::int32_t>(entries[1]), at(entries[2]), at(entries[3]), at(grad_b_enc),
+                     at(z_sum)});
+      },
+      named, arg("exec"), arg("code"), arg("dz"), arg("row_weight"), arg("d_sae"), arg("counts"),
+      arg("entries"), arg("grad_b_enc"), arg("z_sum"), "Order the entries by feature; sum dz and z.");
+  m.def(
+      "b_dec_gradient",
+      [](const Exec& exec, Pointer grad, Pointer grad_b_enc, Pointer W_enc, Int rows, Int d_in, Int d_sae,
+         Pointer scratch, Pointer out) {
+        return call("b_dec_gradient", saek_b_dec_gradient, exec,
+                    {at(grad), at(grad_b_enc), at(W_enc), rows, d_in, d_sae, at<double>(scratch), at(out)});
+      },
+      named, arg("exec"), arg("grad"), arg("grad_b_enc"), arg("W_enc"), arg("rows"), arg("d_in"),
+      arg("d_sae"), arg("scratch"), arg("out"), "Gradient of b_dec.");
+  m.def(
+      "feature_gradients",
+      [](const Exec& exec, const Gradient& gradient, Pointer dW_enc, Pointer dW_dec) {
+        return call("feature_gradients", saek_feature_gradients, exec,
+                    {gradient_of(gradient), at(dW_enc), at(dW_dec)});
+      },
+      named, arg("exec"), arg("gradient"), arg("dW_enc"), arg("dW_dec"), "Gradients of W_enc and W_dec.");
+  m.def(
+      "feature_norms",
+      [](const Exec& exec, const Gradient& gradient, Pointer scratch, Pointer out) {
+        return call("feature_norms", saek_feature_norms, exec,
+                    {gradient_of(gradient), at(scratch), at<double>(out)});
+      },
+      named, arg("exec"), arg("gradient"), arg("scratch"), arg("out"),
+      "Squared length of each feature's gradients.");
+  m.def(
+      "update_features",
+      [](const Exec& exec, const Gradient& gradient, const Adam& adam, bool unit_norm, Pointer scratch,
+         const Moments& W_enc, const Moments& b_enc, const Moments& W_dec) {
+        return call("update_features", saek_update_features, exec,
+                    {gradient_of(gradient), adam_of(adam), unit_norm, at(scratch), moments_of(W_enc),
+                     moments_of(b_enc), moments_of(W_dec)});
+      },
+      named, arg("exec"), arg("gradient"), arg("adam"), arg("unit_norm"), arg("scratch"), arg("W_enc"),
+      arg("b_enc"), arg("W_dec"), "Gradients, projection, Adam and renormalisation of every feature.");
+  m.def(
+      "update",
+      [](const Exec& exec, Pointer gradient, Int n, const Adam& adam, const Moments& parameter) {
+        return call("update", saek_update, exec, {at(gradient), n, adam_of(adam), moments_of(parameter)});
+      },
+      named, arg("exec"), arg("gradient"), arg("n"), arg("adam"), arg("parameter"),
+      "Adam for one other parameter.");
+  m.def(
+      "row_norms",
+      [](const Exec& exec, Pointer matrix, Int rows, Int d_in, Pointer out) {
+        return call("row_norms", saek_row_norms, exec, {at(matrix), rows, d_in, at(out)});
+      },
+      named, arg("exec"), arg("matrix"), arg("rows"), arg("d_in"), arg("out"), "Length of each row.");
+  m.def(
+      "dense_activate",
+      [](const Exec& exec, Pointer pre, Pointer b_enc, double clip, Pointer row_weight, Int rows, Int d_sae,
+         Pointer passes, Pointer fired, Pointer saturated, Pointer z_sum) {
+        return call("dense_activate", saek_dense_activate, exec,
+                    {at(pre), at(b_enc), clip, at(row_weight), rows, d_sae, at<std::uint64_t>(passes),
+                     at<Int>(fired), at<Int>(saturated), at<double>(z_sum)});
+      },
+      named, arg("exec"), arg("pre"), arg("b_enc"), arg("clip"), arg("row_weight"), arg("rows"),
+      arg("d_sae"), arg("passes"), arg("fired"), arg("saturated"), arg("z_sum"),
+      "Pre-activations become activations in place.");
+  m.def(
+      "dense_residual",
+      [](const Exec& exec, Pointer grad, Pointer xc, Pointer recon_weight, double recon_scale, Int rows,
+         Int d_in, Pointer row_sums, Pointer sums) {
+        return call("dense_residual", saek_dense_residual, exec,
+                    {at(grad), at(xc), at(recon_weight), recon_scale, rows, d_in, at<double>(row_sums),
+                     at<double>(sums)});
+      },
+      named, arg("exec"), arg("grad"), arg("xc"), arg("recon_weight"), arg("recon_scale"), arg("rows"),
+      arg("d_in"), arg("row_sums"), arg("sums"), "Reconstructions become gradients in place.");
+  m.def(
+      "dense_mask",
+      [](const Exec& exec, Pointer dz, Pointer passes, Pointer l1_weight, Pointer feature_weight,
+         double l1_scale, Int rows, Int d_sae, Pointer grad_b_enc) {
+        return call("dense_mask", saek_dense_mask, exec,
+                    {at(dz), at<const std::uint64_t>(passes), at(l1_weight), at(feature_weight), l1_scale,
+                     rows, d_sae, at<double>(grad_b_enc)});
+      },
+      named, arg("exec"), arg("dz"), arg("passes"), arg("l1_weight"), arg("feature_weight"),
+      arg("l1_scale"), arg("rows"), arg("d_sae"), arg("grad_b_enc"),
+      "Gradients of activations become gradients of pre-activations in place.");
 }

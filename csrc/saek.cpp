@@ -13,36 +13,42 @@ namespace {
 struct Choice {
   const char* name;            // nullptr where SPARSEMILL_ISA cannot be met
   const saek::Table* table;
+  bool screens;
 };
 
 // What this build holds and this processor runs, widest first.
-int candidates(Choice (&out)[3]) {
+int offered_here(Choice (&out)[4]) {
   int n = 0;
 #ifdef SAEK_WITH_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt"))
-    out[n++] = {"avx512", &saek::avx512::table()};
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt")) {
+#ifdef SAEK_WITH_AVX512VNNI
+    if (__builtin_cpu_supports("avx512vnni"))
+      out[n++] = {"avx512vnni", &saek::avx512::table(), true};
+#endif
+    out[n++] = {"avx512", &saek::avx512::table(), false};
+  }
 #endif
 #ifdef SAEK_WITH_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("bmi") &&
       __builtin_cpu_supports("popcnt"))
-    out[n++] = {"avx2", &saek::avx2::table()};
+    out[n++] = {"avx2", &saek::avx2::table(), false};
 #endif
-  out[n++] = {"portable", &saek::portable::table()};
+  out[n++] = {"portable", &saek::portable::table(), false};
   return n;
 }
 
 Choice choose() {
-  Choice offered[3];
-  const int n = candidates(offered);
+  Choice offered[4];
+  const int n = offered_here(offered);
   const char* wanted = std::getenv("SPARSEMILL_ISA");
   if (wanted == nullptr || *wanted == '\0') return offered[0];
   for (int i = 0; i < n; ++i)
     if (std::strcmp(wanted, offered[i].name) == 0) return offered[i];
-  return {nullptr, nullptr};
+  return {nullptr, nullptr, false};
 }
 
 const Choice& chosen() {
@@ -50,25 +56,104 @@ const Choice& chosen() {
   return choice;
 }
 
-bool code_ok(const saek_code& c) {
-  // Row numbers are stored in 32 bits by the transpose.
-  return c.row_ptr && c.rows >= 1 && c.rows <= INT32_MAX;
+// What every function asks of where it runs.
+int check(const saek_exec* exec) {
+  if (exec == nullptr || (exec->dtype != SAEK_FLOAT32 && exec->dtype != SAEK_FLOAT64) ||
+      (exec->device != SAEK_CPU && exec->device != SAEK_CUDA))
+    return SAEK_BAD_ARGUMENT;
+  if (exec->device == SAEK_CUDA) return SAEK_UNSUPPORTED;
+  if (exec->threads < 1) return SAEK_BAD_ARGUMENT;
+  return chosen().table == nullptr ? SAEK_BAD_ISA : SAEK_OK;
 }
 
-bool moments_ok(const saek_moments& p) { return p.value && p.m && p.v; }
+template <class... Pointers>
+bool set(Pointers... pointers) {
+  return (... && (pointers != nullptr));
+}
+template <class... Sizes>
+bool sized(Sizes... sizes) {
+  return (... && (sizes >= 1));
+}
 
-bool adam_ok(const saek_adam& a) {
+// Rows and columns are numbered in 32 bits.
+bool fits(int64_t n) { return n >= 1 && n <= INT32_MAX; }
+
+// These may read what pointers point at: only the CPU's arguments come here.
+bool ok(const saek_code& c) {
+  return c.row_ptr && fits(c.rows) && (c.row_ptr[c.rows] == 0 || set(c.col, c.val));
+}
+bool ok(const saek_code& c, const void* per_entry) {
+  return ok(c) && (c.row_ptr[c.rows] == 0 || per_entry != nullptr);
+}
+bool ok(const saek_code_out& o) {
+  return set(o.row_ptr, o.counters) && o.capacity >= 0 && (o.capacity == 0 || set(o.col, o.val));
+}
+bool ok(const saek_moments& p) { return set(p.value, p.m, p.v); }
+bool ok(const saek_adam& a) {
   return a.step >= 1 && a.beta1 >= 0 && a.beta1 < 1 && a.beta2 >= 0 && a.beta2 < 1;
+}
+bool ok(const saek_gradient& g) {
+  const saek_by_feature& e = g.entries;
+  return sized(g.d_in, g.d_sae) && (g.pull == nullptr || g.W_dec != nullptr) &&
+         (e.feature_ptr == nullptr || e.feature_ptr[g.d_sae] == 0 || set(e.row, e.z, e.dz));
+}
+// The rows of W_enc's and W_dec's gradients can be made.
+bool has_enc(const saek_gradient& g) { return g.entries.feature_ptr ? set(g.xc) : set(g.dW_enc); }
+bool has_dec(const saek_gradient& g) { return g.entries.feature_ptr ? set(g.grad) : set(g.dW_dec); }
+
+bool ok(const saek_compact_args& a) {
+  return set(a.pre, a.b_enc, a.mask) && sized(a.rows) && fits(a.d_sae) && a.clip > 0 && ok(a.out);
+}
+bool ok(const saek_screen_args& a) {
+  return set(a.xc, a.W_enc, a.b_enc, a.scratch) && fits(a.rows) && sized(a.d_in) && fits(a.d_sae) &&
+         a.clip > 0 && ok(a.out) && (a.out.capacity == 0 || set(a.list_col, a.list_val));
+}
+bool ok(const saek_gather_args& a) {
+  return set(a.support_ptr, a.xc, a.W_enc, a.b_enc) && sized(a.rows, a.d_in) && a.clip > 0 &&
+         ok(a.out) && a.support_length >= 0 && a.support_ptr[a.rows] == a.support_length &&
+         (a.support_length == 0 || set(a.support_col, a.scratch));
+}
+bool ok(const saek_decode_args& a) { return ok(a.code) && set(a.matrix, a.out) && sized(a.d_in); }
+bool ok(const saek_residual_args& a) {
+  return ok(a.code, a.dz) && set(a.W_dec, a.xc, a.row_sums, a.grad, a.sums) && sized(a.d_in);
+}
+bool ok(const saek_dz_args& a) {
+  return ok(a.code, a.dz) && sized(a.d_in) && (a.grad == nullptr || set(a.W_dec));
+}
+bool ok(const saek_transpose_args& a) {
+  return ok(a.code, a.dz) && set(a.counts, a.feature_ptr, a.grad_b_enc, a.z_sum) && fits(a.d_sae) &&
+         (a.code.row_ptr[a.code.rows] == 0 || set(a.row, a.z, a.dz_by_feature));
+}
+bool ok(const saek_b_dec_gradient_args& a) {
+  return set(a.grad, a.grad_b_enc, a.W_enc, a.scratch, a.out) && sized(a.rows, a.d_in, a.d_sae);
+}
+bool ok(const saek_feature_gradients_args& a) {
+  return ok(a.gradient) && (a.dW_enc == nullptr || has_enc(a.gradient)) &&
+         (a.dW_dec == nullptr || has_dec(a.gradient));
+}
+bool ok(const saek_feature_norms_args& a) {
+  return ok(a.gradient) && has_enc(a.gradient) && has_dec(a.gradient) &&
+         set(a.gradient.grad_b_enc, a.scratch, a.out);
+}
+bool ok(const saek_update_features_args& a) {
+  return ok(a.gradient) && has_enc(a.gradient) && has_dec(a.gradient) &&
+         set(a.gradient.grad_b_enc, a.scratch) && ok(a.W_enc) && ok(a.b_enc) && ok(a.W_dec) && ok(a.adam);
+}
+bool ok(const saek_update_args& a) {
+  return set(a.gradient) && sized(a.n) && ok(a.parameter) && ok(a.adam);
+}
+bool ok(const saek_row_norms_args& a) { return set(a.matrix, a.out) && sized(a.rows, a.d_in); }
+bool ok(const saek_dense_activate_args& a) {
+  return set(a.pre, a.b_enc, a.passes, a.fired, a.saturated, a.z_sum) && sized(a.rows, a.d_sae) && a.clip > 0;
+}
+bool ok(const saek_dense_residual_args& a) {
+  return set(a.grad, a.xc, a.row_sums, a.sums) && sized(a.rows, a.d_in);
+}
+bool ok(const saek_dense_mask_args& a) {
+  return set(a.dz, a.passes, a.grad_b_enc) && sized(a.rows, a.d_sae);
 }
 
 }  // namespace
-
-// A function may find its dtype, its table and its arguments wrong in one way each.
-#define SAEK_CHECK(condition)                                                      \
-  if (args == nullptr || (dtype != SAEK_FLOAT32 && dtype != SAEK_FLOAT64) ||       \
-      !(condition) || args->threads < 1)                                           \
-    return SAEK_BAD_ARGUMENT;                                                      \
-  if (chosen().table == nullptr) return SAEK_BAD_ISA;
 
 extern "C" {
 
@@ -81,6 +166,8 @@ const char* saek_error_string(int code) {
       return "SPARSEMILL_ISA names an instruction set this processor or build lacks";
     case SAEK_NO_CUDA: return "built without CUDA";
     case SAEK_NO_DEVICE: return "no usable CUDA driver or device";
+    case SAEK_UNSUPPORTED: return "not offered for this device, instruction set, dtype or size";
+    case SAEK_TOO_DENSE: return "too many candidates for the screen to pay";
     default: return "unknown error code";
   }
 }
@@ -95,47 +182,35 @@ int saek_has_openmp(void) {
 #endif
 }
 
-int saek_compact(int dtype, saek_compact_args* args) {
-  SAEK_CHECK(args->pre && args->b_enc && args->mask && args->row_ptr && args->rows >= 1 &&
-             args->d_sae >= 1 && args->d_sae <= INT32_MAX && args->clip > 0 && args->capacity >= 0 &&
-             (args->capacity == 0 || (args->col && args->val)))
-  return chosen().table->compact[dtype](*args);
+#define SAEK_DEFINE(name)                                                       \
+  int saek_##name(const saek_exec* exec, const saek_##name##_args* args) {      \
+    if (const int code = check(exec)) return code;                              \
+    if (args == nullptr || !ok(*args)) return SAEK_BAD_ARGUMENT;                \
+    return chosen().table->name[exec->dtype](*exec, *args);                     \
+  }
+SAEK_KERNELS(SAEK_DEFINE)
+#undef SAEK_DEFINE
+
+int64_t saek_screen_scratch(int64_t rows, int64_t d_in, int64_t d_sae, int threads) {
+#ifdef SAEK_WITH_AVX512VNNI
+  if (!sized(rows, d_in, d_sae, threads)) return 0;
+  return saek::avx512vnni::screen_scratch(rows, d_in, d_sae, threads);
+#else
+  (void)rows, (void)d_in, (void)d_sae, (void)threads;
+  return 0;
+#endif
 }
 
-int saek_decode(int dtype, const saek_decode_args* args) {
-  SAEK_CHECK(code_ok(args->code) && args->W_dec && args->b_dec && args->out && args->d_in >= 1)
-  chosen().table->decode[dtype](*args);
-  return SAEK_OK;
-}
-
-int saek_residual(int dtype, saek_residual_args* args) {
-  SAEK_CHECK(code_ok(args->code) && args->W_dec && args->xc && args->row_partials && args->grad &&
-             args->d_in >= 1)
-  chosen().table->residual[dtype](*args);
-  return SAEK_OK;
-}
-
-int saek_transpose(int dtype, const saek_transpose_args* args) {
-  SAEK_CHECK(code_ok(args->code) && args->counts && args->feature_ptr && args->grad_b_enc &&
-             args->d_sae >= 1 && args->d_sae <= INT32_MAX)
-  chosen().table->transpose[dtype](*args);
-  return SAEK_OK;
-}
-
-int saek_update_b_dec(int dtype, const saek_b_dec_args* args) {
-  SAEK_CHECK(args->grad && args->grad_b_enc && args->W_enc && moments_ok(args->b_dec) &&
-             adam_ok(args->adam) && args->rows >= 1 && args->d_in >= 1 && args->d_sae >= 1)
-  chosen().table->update_b_dec[dtype](*args);
-  return SAEK_OK;
-}
-
-int saek_update_features(int dtype, const saek_features_args* args) {
-  SAEK_CHECK(args->entries.feature_ptr && args->grad && args->xc && args->grad_b_enc &&
-             args->scratch && moments_ok(args->W_enc) && moments_ok(args->b_enc) &&
-             moments_ok(args->W_dec) && adam_ok(args->adam) && args->d_in >= 1 &&
-             args->entries.d_sae >= 1)
-  chosen().table->update_features[dtype](*args);
-  return SAEK_OK;
+int saek_screen(const saek_exec* exec, const saek_screen_args* args) {
+  if (const int code = check(exec)) return code;
+  if (args == nullptr || !ok(*args)) return SAEK_BAD_ARGUMENT;
+  // Sums of 65536 products of 8 bits, 255 * 128 * 65536 at most, stay below 2^31.
+  if (!chosen().screens || exec->dtype != SAEK_FLOAT32 || args->d_in > 65536) return SAEK_UNSUPPORTED;
+#ifdef SAEK_WITH_AVX512VNNI
+  return saek::avx512vnni::screen(*exec, *args);
+#else
+  return SAEK_UNSUPPORTED;
+#endif
 }
 
 #ifndef SAEK_WITH_CUDA

@@ -1,16 +1,25 @@
 /* The kernels of one sparse-autoencoder step, as plain C functions.
  *
- *   pre  = (x - b_dec) W_enc^T + b_enc      the caller's matrix product, one chunk of rows at a time
- *   z    = min(max(pre, 0), clip)           saek_compact: kept only where pre > 0
- *   e    = z W_dec - (x - b_dec)            saek_residual: residual, loss, dL/dxhat and dL/dz
- *   loss = mean_b w_b |e_b|^2 + l1 mean_b s_b sum_j z_bj
- *   saek_transpose, saek_update_b_dec, saek_update_features: gradients, Adam, unit-norm decoder rows
+ *   pre  = (x - b_dec) W_enc^T + b_enc
+ *   z    = min(max(pre, 0), clip)           kept only where pre > 0: the code
+ *   e    = z W_dec - (x - b_dec)            residual
+ *   loss = mean_b w_b |e_b|^2 + l1 mean_b s_b sum_j q_j z_bj
  *
- * Rules. The caller allocates everything; nothing here allocates, and every size is an int64_t.
- * Matrices are row-major and contiguous; W_enc and W_dec both hold one row of d_in numbers per
- * feature. `T` below is float or double as `dtype` says. Any alignment and any size >= 1 will do
- * (an empty batch is the caller's to refuse). Every output element is written by one thread in a
- * fixed order, so results do not depend on `threads`.
+ * The code comes from saek_compact (after the caller's matrix product), from saek_screen (which needs no
+ * such product) or from saek_gather (where the support is given). Then
+ *
+ *   saek_residual  or  saek_decode and saek_dz      by row: dL/dxhat and dL/dz
+ *   saek_transpose                                  the same entries by feature; gradient of b_enc
+ *   saek_b_dec_gradient, saek_update_features ...   by feature: gradients, Adam, unit-norm rows
+ *
+ * Where about half of all features fire, the saek_dense_ functions finish what the caller's matrix
+ * products leave over, a chunk of rows at a time.
+ *
+ * Rules. The caller allocates everything, results included, where saek_exec.device can reach it; nothing
+ * here allocates or, on CUDA, waits. Every size is an int64_t. Matrices are row-major and contiguous; W_enc
+ * and W_dec both hold one row of d_in numbers per feature. `T` below is the float or double of
+ * saek_exec.dtype, aligned as such. Any size >= 1 will do (an empty batch is the caller's to refuse).
+ * Every element is written by one thread in a fixed order, so results do not depend on how many there are.
  *
  * Every function returns SAEK_OK or an error code; saek_error_string() puts it into words.
  */
@@ -26,26 +35,42 @@ extern "C" {
 enum {
   SAEK_OK = 0,
   SAEK_BAD_ARGUMENT = 1, /* a null pointer, a size below 1, an unknown dtype, a clip <= 0 */
-  SAEK_OVERFLOW = 2,     /* saek_compact only: `needed` exceeds `capacity`; nothing was listed */
+  SAEK_OVERFLOW = 2,     /* CPU: counters[0] exceeds `capacity`; nothing was listed */
   SAEK_BAD_ISA = 3,      /* SPARSEMILL_ISA names an instruction set this machine or build lacks */
   SAEK_NO_CUDA = 4,      /* built without CUDA */
   SAEK_NO_DEVICE = 5,    /* built with CUDA, but there is no usable driver or device */
+  SAEK_UNSUPPORTED = 6,  /* not offered for this device, instruction set, dtype or size */
+  SAEK_TOO_DENSE = 7,    /* saek_screen only: more candidates than `limit`; nothing was listed */
 };
 
 enum { SAEK_FLOAT32 = 0, SAEK_FLOAT64 = 1 };
+enum { SAEK_CPU = 0, SAEK_CUDA = 1 };
+enum { SAEK_B_DEC_SHARES = 64 }; /* see saek_b_dec_gradient */
+
+/* Where a function runs. */
+typedef struct {
+  int device;
+  int dtype;
+  int threads;         /* how many work side by side, >= 1: on CUDA, blocks with scratch of their own */
+  void* stream;        /* CUDA: the cudaStream_t to queue on, of the current device */
+  const int64_t* skip; /* CUDA: where this is set and not 0, nothing is done; see saek_code_out */
+} saek_exec;
 
 const char* saek_error_string(int code);
 
-/* "avx512", "avx2" or "portable": the widest the processor offers, or what the environment variable
- * SPARSEMILL_ISA asks for. NULL where it asks for something that cannot run (see SAEK_BAD_ISA). */
+/* "avx512vnni", "avx512", "avx2" or "portable": the widest the processor offers, or what the environment
+ * variable SPARSEMILL_ISA asks for. NULL where it asks for something that cannot run (SAEK_BAD_ISA). */
 const char* saek_isa(void);
 
 /* 1 where the loops run on several threads, 0 where the compiler had no OpenMP. */
 int saek_has_openmp(void);
 
-/* The compacted activations of a batch: compressed sparse rows.
+/* ---- The code -------------------------------------------------------------------------------------- */
+
+/* The active entries of a batch: compressed sparse rows.
  * Entries of row b are row_ptr[b] .. row_ptr[b+1]-1 in ascending column order. A saturated entry
- * (pre > clip) holds -clip: z = |val|, and a negative val says that no gradient passes. */
+ * (pre > clip) holds -clip: z = |val|, and a negative val says that no gradient passes. Listed are the
+ * entries with !(pre <= 0), so that a NaN is kept and surfaces in the loss. */
 typedef struct {
   const int64_t* row_ptr; /* [rows + 1] */
   const int32_t* col;     /* [nnz] */
@@ -53,58 +78,117 @@ typedef struct {
   int64_t rows;
 } saek_code;
 
-/* Lists the active entries of one chunk of rows: those with !(pre + b_enc <= 0), so that a NaN is
- * kept and surfaces in the loss. On SAEK_OVERFLOW col and val are untouched; the call may be
- * repeated with larger arrays. */
+/* Where the next rows of a code are written. Where they do not fit, col and val are untouched, counters[3]
+ * is 1, and the call may be repeated with longer arrays. The CPU returns SAEK_OVERFLOW then; on CUDA the
+ * caller lets saek_exec.skip of all that follows point at counters[3], and looks at it when it likes. */
+typedef struct {
+  int64_t* row_ptr;  /* [rows + 1], this call's part; [0] is set by the caller, the rest is written */
+  int32_t* col;      /* [capacity] the whole batch's array; written from row_ptr[0] on */
+  void* val;         /* T [capacity], likewise */
+  int64_t capacity;
+  int64_t* counters; /* out [4]: length needed of col and val; this call's saturated entries; its
+                        candidates; 1 where they did not fit, else 0 */
+} saek_code_out;
+
+/* From pre-activations of a chunk of rows. */
 typedef struct {
   const void* pre;   /* T [rows, d_sae], without the bias */
   const void* b_enc; /* T [d_sae] */
   double clip;       /* > 0; infinity for none */
   int64_t rows, d_sae;
-  int64_t capacity;  /* length of col and val */
-  int threads;
   uint64_t* mask;    /* scratch [rows, ceil(d_sae / 64)] */
-  int64_t* row_ptr;  /* [rows + 1], this chunk's part; [0] is set by the caller, the rest is written */
-  int32_t* col;      /* the whole batch's array; written from row_ptr[0] on */
-  void* val;         /* T, likewise */
-  int64_t needed;    /* out: length col and val must have to hold this chunk */
-  int64_t saturated; /* out: entries of this chunk with pre > clip */
+  saek_code_out out;
 } saek_compact_args;
 
-int saek_compact(int dtype, saek_compact_args* args);
+int saek_compact(const saek_exec* exec, const saek_compact_args* args);
 
-/* out_b = sum_j z_bj W_dec_j + b_dec */
+/* Without a full matrix product: 8-bit integers bound every pre-activation from above, and where the bound
+ * is positive (a candidate) it is computed in float. The same entries as in float throughout. float32 on
+ * "avx512vnni", d_in <= 65536. Gives up with SAEK_TOO_DENSE where a sample of the batch has more than
+ * `limit` candidates per entry. */
 typedef struct {
-  saek_code code;
-  const void* W_dec; /* T [d_sae, d_in] */
-  const void* b_dec; /* T [d_in] */
+  const void* xc;    /* T [rows, d_in]: x - b_dec */
+  const void* W_enc; /* T [d_sae, d_in] */
+  const void* b_enc; /* T [d_sae] */
+  double clip;
+  int64_t rows, d_in, d_sae;
+  double limit;
+  void* scratch;     /* saek_screen_scratch() bytes, 64-byte aligned */
+  int32_t* list_col; /* scratch [out.capacity] */
+  void* list_val;    /* scratch T [out.capacity] */
+  saek_code_out out;
+} saek_screen_args;
+
+int64_t saek_screen_scratch(int64_t rows, int64_t d_in, int64_t d_sae, int threads);
+int saek_screen(const saek_exec* exec, const saek_screen_args* args);
+
+/* Where the support is given: computes pre there and lists what is active. */
+typedef struct {
+  const int64_t* support_ptr; /* [rows + 1], from 0 */
+  const int32_t* support_col; /* ascending within a row */
+  const void* xc;             /* T [rows, d_in] */
+  const void* W_enc;          /* T [d_sae, d_in] */
+  const void* b_enc;          /* T [d_sae] */
+  double clip;
+  int64_t rows, d_in;
+  int64_t support_length;
+  void* scratch;              /* T [support_length] */
+  saek_code_out out;
+} saek_gather_args;
+
+int saek_gather(const saek_exec* exec, const saek_gather_args* args);
+
+/* ---- By row ---------------------------------------------------------------------------------------- */
+
+/* out_b = sum_k val[k] matrix[col[k]] + bias over the entries of row b. */
+typedef struct {
+  saek_code code;     /* its val are plain weights: the sign is a sign */
+  const void* matrix; /* T [*, d_in]: a row for each column */
+  const void* bias;   /* T [d_in], or NULL for 0 */
   int64_t d_in;
-  int threads;
-  void* out; /* T [rows, d_in] */
+  void* out;          /* T [rows, d_in] */
 } saek_decode_args;
 
-int saek_decode(int dtype, const saek_decode_args* args);
+int saek_decode(const saek_exec* exec, const saek_decode_args* args);
 
 /* Residual, loss and both gradients of a row while its decoder rows are in cache:
- *   grad_b = recon_scale w_b e_b,   dz_bj = <grad_b, W_dec_j> + l1_scale s_b   (0 where saturated) */
+ *   grad_b = recon_scale w_b e_b,   dz_bj = <grad_b, W_dec_j> + l1_scale s_b q_j   (0 where saturated) */
 typedef struct {
   saek_code code;
-  const void* W_dec;        /* T [d_sae, d_in] */
-  const void* xc;           /* T [rows, d_in]: x - b_dec */
-  const void* recon_weight; /* T [rows]: w_b, or NULL for 1 */
-  const void* l1_weight;    /* T [rows]: s_b, or NULL for 1 */
-  double recon_scale;       /* 2 / rows of the batch */
-  double l1_scale;          /* l1 / rows of the batch */
+  const void* W_dec;          /* T [d_sae, d_in] */
+  const void* xc;             /* T [rows, d_in] */
+  const void* recon_weight;   /* T [rows]: w_b, or NULL for 1 */
+  const void* l1_weight;      /* T [rows]: s_b, or NULL for 1 */
+  const void* feature_weight; /* T [d_sae]: q_j, or NULL for 1 */
+  double recon_scale;         /* 2 / rows of the batch */
+  double l1_scale;            /* l1 / rows of the batch */
   int64_t d_in;
-  int threads;
-  double* row_partials; /* scratch [2 rows] */
-  void* grad;           /* out T [rows, d_in]: dL/dxhat */
-  void* dz;             /* out T [nnz]: dL/dpre of the listed entries */
-  double squared_error; /* out: sum_b |e_b|^2, without weights */
-  double l1;            /* out: sum_bj z_bj, without weights */
+  double* row_sums; /* scratch [rows, 4] */
+  void* grad;       /* out T [rows, d_in]: dL/dxhat */
+  void* dz;         /* out T [nnz]: dL/dpre of the listed entries */
+  double* sums;     /* out [4]: sums over b of |e_b|^2, sum_j q_j z_bj, and these times w_b and s_b */
 } saek_residual_args;
 
-int saek_residual(int dtype, saek_residual_args* args);
+int saek_residual(const saek_exec* exec, const saek_residual_args* args);
+
+/* The second half where dL/dxhat comes from outside:
+ *   dz_bj = <grad_b, W_dec_j> + grad_l1_b q_j + grad_activity_j + grad_val_bj   (0 where saturated)
+ * Each gradient may be NULL for 0. */
+typedef struct {
+  saek_code code;
+  const void* W_dec;          /* T [d_sae, d_in] */
+  const void* grad;           /* T [rows, d_in] */
+  const void* grad_l1;        /* T [rows] */
+  const void* feature_weight; /* T [d_sae]: q_j, or NULL for 1 */
+  const void* grad_activity;  /* T [d_sae] */
+  const void* grad_val;       /* T [nnz] */
+  int64_t d_in;
+  void* dz; /* out T [nnz] */
+} saek_dz_args;
+
+int saek_dz(const saek_exec* exec, const saek_dz_args* args);
+
+/* ---- By feature ------------------------------------------------------------------------------------ */
 
 /* The same entries by feature (a stable counting sort: rows ascend within a feature). */
 typedef struct {
@@ -112,28 +196,75 @@ typedef struct {
   const int32_t* row;         /* [nnz] */
   const void* z;              /* T [nnz], >= 0 */
   const void* dz;             /* T [nnz] */
-  int64_t d_sae;
 } saek_by_feature;
 
 typedef struct {
   saek_code code;
-  const void* dz; /* T [nnz], in the order of `code` */
+  const void* dz;         /* T [nnz], in the order of `code` */
+  const void* row_weight; /* T [rows]: r_b, or NULL for 1 */
   int64_t d_sae;
-  int threads;
-  int64_t* counts;      /* scratch [threads, d_sae] */
-  int64_t* feature_ptr; /* out [d_sae + 1] */
-  int32_t* row;         /* out [nnz] */
-  void* z;              /* out T [nnz] */
-  void* dz_by_feature;  /* out T [nnz] */
-  void* grad_b_enc;     /* out T [d_sae]: sum_b dz_bj */
+  int64_t* counts;        /* scratch [threads, d_sae] */
+  int64_t* feature_ptr;   /* out [d_sae + 1] */
+  int32_t* row;           /* out [nnz] */
+  void* z;                /* out T [nnz] */
+  void* dz_by_feature;    /* out T [nnz] */
+  void* grad_b_enc;       /* out T [d_sae]: sum_b dz_bj */
+  void* z_sum;            /* out T [d_sae]: sum_b r_b z_bj */
 } saek_transpose_args;
 
-int saek_transpose(int dtype, const saek_transpose_args* args);
+int saek_transpose(const saek_exec* exec, const saek_transpose_args* args);
 
-/* Adam as in torch.optim: bias-corrected, eps outside the square root, no weight decay. */
+/* out = sum_b grad_b - sum_j grad_b_enc_j W_enc_j. Reads W_enc as it was in the forward, so it runs before
+ * saek_update_features. */
 typedef struct {
-  double lr, beta1, beta2, eps;
-  int64_t step; /* number of this update, from 1 */
+  const void* grad;       /* T [rows, d_in] */
+  const void* grad_b_enc; /* T [d_sae] */
+  const void* W_enc;      /* T [d_sae, d_in] */
+  int64_t rows, d_in, d_sae;
+  double* scratch; /* [SAEK_B_DEC_SHARES, d_in] */
+  void* out;       /* T [d_in] */
+} saek_b_dec_gradient_args;
+
+int saek_b_dec_gradient(const saek_exec* exec, const saek_b_dec_gradient_args* args);
+
+/* What the gradient rows of every feature are made of: from the entries, or, where entries.feature_ptr is
+ * NULL, from sums of outer products that the caller has made.
+ *   W_enc_j: sum_b dz_bj xc_b        W_dec_j: sum_b z_bj grad_b + pull_j W_dec_j */
+typedef struct {
+  saek_by_feature entries;
+  const void* grad;       /* T [rows, d_in] */
+  const void* xc;         /* T [rows, d_in] */
+  const void* dW_enc;     /* T [d_sae, d_in] */
+  const void* dW_dec;     /* T [d_sae, d_in], without pull */
+  const void* grad_b_enc; /* T [d_sae] */
+  const void* pull;       /* T [d_sae], or NULL for 0 */
+  const void* W_dec;      /* T [d_sae, d_in]; may be NULL where pull is */
+  int64_t d_in, d_sae;
+} saek_gradient;
+
+/* The gradients as tensors; each output may be NULL. */
+typedef struct {
+  saek_gradient gradient;
+  void* dW_enc; /* out T [d_sae, d_in] */
+  void* dW_dec; /* out T [d_sae, d_in] */
+} saek_feature_gradients_args;
+
+int saek_feature_gradients(const saek_exec* exec, const saek_feature_gradients_args* args);
+
+/* Their squared lengths: W_enc's, W_dec's and b_enc's parts together. */
+typedef struct {
+  saek_gradient gradient;
+  void* scratch; /* T [threads, 2, d_in] */
+  double* out;   /* [d_sae] */
+} saek_feature_norms_args;
+
+int saek_feature_norms(const saek_exec* exec, const saek_feature_norms_args* args);
+
+/* Adam as in torch.optim.AdamW: bias-corrected, eps outside the square root, decay of the weight itself. */
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay;
+  const double* grad_scale; /* [1]: factor on the gradient, where its norm is clipped; NULL for 1 */
+  int64_t step;             /* number of this update, from 1 */
 } saek_adam;
 
 /* One parameter and its two moments, all T of one shape, updated in place. */
@@ -141,38 +272,84 @@ typedef struct {
   void *value, *m, *v;
 } saek_moments;
 
-/* b_dec, whose gradient is sum_b grad_b - sum_j grad_b_enc_j W_enc_j. Reads W_enc as it was in the
- * forward, so it runs before saek_update_features. */
+/* Per feature, in one visit: both gradient rows are made in scratch and Adam moves W_enc, b_enc and W_dec.
+ * With unit_norm the part of the decoder's gradient along its row is removed first, and the row is brought
+ * back to length 1 afterwards. Features without entries move by their momentum, as in dense Adam. */
 typedef struct {
-  const void* grad;       /* T [rows, d_in] */
-  const void* grad_b_enc; /* T [d_sae] */
-  const void* W_enc;      /* T [d_sae, d_in] */
-  int64_t rows, d_in, d_sae;
-  int threads;
+  saek_gradient gradient;
   saek_adam adam;
-  saek_moments b_dec; /* T [d_in] */
-} saek_b_dec_args;
-
-int saek_update_b_dec(int dtype, const saek_b_dec_args* args);
-
-/* Per feature, in one visit: both gradient rows are gathered in scratch, the part of the decoder's
- * parallel to its row is removed, Adam moves W_enc, b_enc and W_dec, and the decoder row is brought
- * back to length 1. Features without entries move by their momentum, as in dense Adam. */
-typedef struct {
-  saek_by_feature entries;
-  const void* grad;       /* T [rows, d_in] */
-  const void* xc;         /* T [rows, d_in] */
-  const void* grad_b_enc; /* T [d_sae] */
-  int64_t d_in;
-  int threads;
-  saek_adam adam;
+  int unit_norm;
   void* scratch;                    /* T [threads, 2, d_in] */
   saek_moments W_enc, b_enc, W_dec; /* T [d_sae, d_in], [d_sae], [d_sae, d_in] */
-} saek_features_args;
+} saek_update_features_args;
 
-int saek_update_features(int dtype, const saek_features_args* args);
+int saek_update_features(const saek_exec* exec, const saek_update_features_args* args);
 
-/* What the CUDA runtime sees. Versions are CUDA's own numbers, such as 13000 for 13.0. */
+/* Any other parameter. */
+typedef struct {
+  const void* gradient; /* T [n] */
+  int64_t n;
+  saek_adam adam;
+  saek_moments parameter; /* T [n] */
+} saek_update_args;
+
+int saek_update(const saek_exec* exec, const saek_update_args* args);
+
+/* out_j = |matrix_j|, the length of each row. */
+typedef struct {
+  const void* matrix; /* T [rows, d_in] */
+  int64_t rows, d_in;
+  void* out; /* T [rows] */
+} saek_row_norms_args;
+
+int saek_row_norms(const saek_exec* exec, const saek_row_norms_args* args);
+
+/* ---- The dense phase, a chunk of rows at a time ---------------------------------------------------- */
+
+/* pre becomes z in place. Per-feature results are added to, so that chunks follow one another. */
+typedef struct {
+  void* pre;              /* in: T [rows, d_sae] without the bias; out: z */
+  const void* b_enc;      /* T [d_sae] */
+  double clip;
+  const void* row_weight; /* T [rows]: r_b, or NULL for 1 */
+  int64_t rows, d_sae;
+  uint64_t* passes;       /* out [rows, ceil(d_sae / 64)]: bits where the gradient passes */
+  int64_t* fired;         /* [d_sae] += rows in which the feature is active */
+  int64_t* saturated;     /* [1] += entries with pre > clip */
+  double* z_sum;          /* [2, d_sae] += sum_b z_bj, then sum_b r_b z_bj */
+} saek_dense_activate_args;
+
+int saek_dense_activate(const saek_exec* exec, const saek_dense_activate_args* args);
+
+/* grad holds z W_dec and becomes recon_scale w_b e_b in place. */
+typedef struct {
+  void* grad;               /* T [rows, d_in] */
+  const void* xc;           /* T [rows, d_in] */
+  const void* recon_weight; /* T [rows], or NULL for 1 */
+  double recon_scale;
+  int64_t rows, d_in;
+  double* row_sums; /* scratch [rows] */
+  double* sums;     /* [2] += sum_b |e_b|^2, sum_b w_b |e_b|^2 */
+} saek_dense_residual_args;
+
+int saek_dense_residual(const saek_exec* exec, const saek_dense_residual_args* args);
+
+/* dz holds grad W_dec^T; the penalty's gradient is added and entries that pass none become 0. */
+typedef struct {
+  void* dz;                   /* T [rows, d_sae] */
+  const uint64_t* passes;     /* [rows, ceil(d_sae / 64)] */
+  const void* l1_weight;      /* T [rows], or NULL for 1 */
+  const void* feature_weight; /* T [d_sae], or NULL for 1 */
+  double l1_scale;
+  int64_t rows, d_sae;
+  double* grad_b_enc; /* [d_sae] += sum_b dz_bj */
+} saek_dense_mask_args;
+
+int saek_dense_mask(const saek_exec* exec, const saek_dense_mask_args* args);
+
+/* ---- The CUDA runtime ------------------------------------------------------------------------------ */
+
+/* Versions are CUDA's own numbers, such as 13000 for 13.0. */
 typedef struct {
   char name[256];
   int major, minor;     /* compute capability */

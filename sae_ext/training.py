@@ -286,19 +286,19 @@ def _steps(
     started, first = time.perf_counter(), state.step
     while state.step < config.steps:
         l1, lr = l1_weight(config, state.step), learning_rate(config, state.step)
-        result = step_op(
-            state.parameters, state.adam, sampler.next() * scale, l1=l1, lr=lr, clip=sae_config.clip,
-            beta1=config.beta1, beta2=config.beta2,
-        )  # fmt: skip
+        try:
+            result = step_op(
+                state.parameters, state.adam, sampler.next() * scale, l1=l1, lr=lr,
+                clip=sae_config.clip, beta1=config.beta1, beta2=config.beta2,
+            )  # fmt: skip
+        except Diverged as error:
+            raise _diverged(state.step + 1, config) from error
         state.step += 1
         state.cursor = sampler.cursor
         state.silent_rows = torch.where(result.fired > 0, 0, state.silent_rows + config.batch_rows)
         window.add(config.batch_rows, result)
         if not math.isfinite(result.squared_error + result.l1):
-            raise Diverged(
-                f"the loss is not finite at step {state.step}: lower train.lr (now {config.lr:g}) or raise "
-                "train.lr_warmup_steps; the last checkpoint is kept"
-            )
+            raise _diverged(state.step, config)
         checkpoint = state.step % config.checkpoint_every == 0 or state.step == config.steps
         if state.step % config.log_every == 0 or checkpoint:
             validation = (math.nan, math.nan)
@@ -318,6 +318,13 @@ def _steps(
                 state.step, config.steps, speed, named["loss"], named["fvu"], named["l0"],
                 named["dead_fraction"],
             )  # fmt: skip
+
+
+def _diverged(step: int, config: TrainConfig) -> Diverged:
+    return Diverged(
+        f"the loss is not finite at step {step}: lower train.lr (now {config.lr:g}) or raise "
+        "train.lr_warmup_steps; the last checkpoint is kept"
+    )
 
 
 def _history_line(

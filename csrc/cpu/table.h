@@ -5,14 +5,17 @@
 
 namespace saek {
 
-// Index 0 is float, 1 is double, as in SAEK_FLOAT32 and SAEK_FLOAT64.
+// Every kernel of saek.h but saek_screen, in the order of that file.
+#define SAEK_KERNELS(X)                                                                            \
+  X(compact) X(gather) X(decode) X(residual) X(dz) X(transpose) X(b_dec_gradient)                  \
+  X(feature_gradients) X(feature_norms) X(update_features) X(update) X(row_norms)                  \
+  X(dense_activate) X(dense_residual) X(dense_mask)
+
 struct Table {
-  int (*compact[2])(saek_compact_args&);
-  void (*decode[2])(const saek_decode_args&);
-  void (*residual[2])(saek_residual_args&);
-  void (*transpose[2])(const saek_transpose_args&);
-  void (*update_b_dec[2])(const saek_b_dec_args&);
-  void (*update_features[2])(const saek_features_args&);
+  // Index 0 is float, 1 is double, as in SAEK_FLOAT32 and SAEK_FLOAT64.
+#define SAEK_DECLARE(name) int (*name[2])(const saek_exec&, const saek_##name##_args&);
+  SAEK_KERNELS(SAEK_DECLARE)
+#undef SAEK_DECLARE
 };
 
 namespace portable {
@@ -23,6 +26,12 @@ const Table& table();
 }
 namespace avx512 {
 const Table& table();
+}
+
+// The 8-bit screen, for processors with AVX-512 VNNI. Defined in screen.cpp.
+namespace avx512vnni {
+int64_t screen_scratch(int64_t rows, int64_t d_in, int64_t d_sae, int threads);
+int screen(const saek_exec& exec, const saek_screen_args& args);
 }
 
 }  // namespace saek

@@ -1,0 +1,1 @@
+"""The training step beside its peers: `python -m benchmarks.step`."""
