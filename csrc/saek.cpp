@@ -105,8 +105,10 @@ bool ok(const saek_compact_args& a) {
   return set(a.pre, a.b_enc, a.mask) && sized(a.rows) && fits(a.d_sae) && a.clip > 0 && ok(a.out);
 }
 bool ok(const saek_screen_args& a) {
-  return set(a.xc, a.W_enc, a.b_enc, a.scratch) && fits(a.rows) && sized(a.d_in) && fits(a.d_sae) &&
-         a.clip > 0 && ok(a.out) && (a.out.capacity == 0 || set(a.list_col, a.list_val));
+  return set(a.xc, a.W_enc, a.b_enc, a.scratch) &&
+         reinterpret_cast<std::uintptr_t>(a.scratch) % 64 == 0 && fits(a.rows) && sized(a.d_in) &&
+         fits(a.d_sae) && a.clip > 0 && ok(a.out) &&
+         (a.out.capacity == 0 || set(a.list_col, a.list_val));
 }
 bool ok(const saek_gather_args& a) {
   return set(a.support_ptr, a.xc, a.W_enc, a.b_enc) && sized(a.rows, a.d_in) && a.clip > 0 &&

@@ -430,6 +430,14 @@ def test_null_pointers_and_impossible_sizes_are_refused(change):
 
 
 @screens
+@pytest.mark.parametrize("offset", [1, 8, 32])
+def test_scratch_that_does_not_start_at_a_cache_line_is_refused(offset):
+    arguments = prepared(*a_batch(5, 17, 65))
+    with pytest.raises(ValueError, match="screen: a pointer is null or a size"):
+        call("screen", {**arguments, "scratch": arguments["scratch"].inside.data_ptr() + offset})
+
+
+@screens
 @pytest.mark.parametrize("size", ["rows", "d_in", "d_sae", "threads"])
 @pytest.mark.parametrize("n", [0, -1])
 def test_impossible_sizes_need_no_scratch(size, n):
