@@ -38,7 +38,7 @@ def scaling(
     product_ms: float,
 ) -> None:
     """Whole-step time against L0, with its fitted line (per unit of L0), the dense step and the product."""
-    axes = _begin("A step costs its encoder product plus its active entries", where)
+    axes = _begin("A step costs its screen plus its active entries", where)
     right = max(l0) * 1.02
     axes.plot([0, right], [line.intercept, line.intercept + line.slope * right], color=OURS, lw=1.5)
     axes.plot(l0, ms, "o", color=OURS, ms=6)
