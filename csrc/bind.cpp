@@ -22,15 +22,15 @@ namespace {
 
 using Pointer = std::uintptr_t;
 using Int = std::int64_t;
-using Exec = std::tuple<int, int>;                            // dtype, threads
+using Exec = std::tuple<int, int, int, Pointer, Pointer>;     // device, dtype, threads, stream, skip
 using Code = std::tuple<Pointer, Pointer, Pointer, Int>;      // row_ptr, col, val, rows
 using Out = std::tuple<Pointer, Pointer, Pointer, Int, Pointer>; // row_ptr, col, val, capacity, counters
-using Entries = std::array<Pointer, 4>;                       // feature_ptr, row, z, dz
-// entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, d_in, d_sae
+// feature_ptr, row, z, dz, long_lists, slots
+using Entries = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Int>;
+// entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, long_rows, d_in, d_sae
 using Gradient =
-    std::tuple<Entries, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Int, Int>;
-// lr, beta1, beta2, eps, weight_decay, grad_scale, step
-using Adam = std::tuple<double, double, double, double, double, Pointer, Int>;
+    std::tuple<Entries, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Int, Int>;
+using Adam = std::array<Pointer, 2>;                          // numbers, grad_scale
 using Moments = std::array<Pointer, 3>;
 
 template <class T = void>
@@ -49,20 +49,23 @@ saek_code_out out_of(const Out& o) {
 }
 
 saek_gradient gradient_of(const Gradient& g) {
-  const auto& [entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, d_in, d_sae] = g;
-  return {{at<const Int>(entries[0]), at<const std::int32_t>(entries[1]), at(entries[2]), at(entries[3])},
-          at(grad), at(xc), at(dW_enc), at(dW_dec), at(grad_b_enc), at(pull), at(W_dec), d_in, d_sae};
+  const auto& [entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, long_rows, d_in, d_sae] = g;
+  const auto& [feature_ptr, row, z, dz, long_lists, slots] = entries;
+  return {{at<const Int>(feature_ptr), at<const std::int32_t>(row), at(z), at(dz),
+           at<const std::int32_t>(long_lists), slots},
+          at(grad), at(xc), at(dW_enc), at(dW_dec), at(grad_b_enc), at(pull), at(W_dec), at(long_rows),
+          d_in, d_sae};
 }
 
-saek_adam adam_of(const Adam& a) {
-  const auto& [lr, beta1, beta2, eps, weight_decay, grad_scale, step] = a;
-  return {lr, beta1, beta2, eps, weight_decay, at<const double>(grad_scale), step};
-}
+saek_adam adam_of(const Adam& a) { return {at<const saek_adam_numbers>(a[0]), at<const double>(a[1])}; }
 
 saek_moments moments_of(const Moments& p) { return {at(p[0]), at(p[1]), at(p[2])}; }
 
 void check(const char* function, int code) {
-  if (code != SAEK_OK) throw py::value_error(std::string(function) + ": " + saek_error_string(code));
+  if (code == SAEK_OK) return;
+  std::string words = std::string(function) + ": " + saek_error_string(code);
+  if (code == SAEK_CUDA_FAILED) throw std::runtime_error(words + ": " + saek_cuda_error());
+  throw py::value_error(words);
 }
 
 // Calls a function of saek.h without the GIL. SAEK_OVERFLOW is an answer, as are others of saek_screen.
@@ -70,7 +73,8 @@ template <class Args>
 int call(const char* name, int (*function)(const saek_exec*, const Args*), const Exec& exec,
          const Args& args) {
   constexpr bool screens = std::is_same_v<Args, saek_screen_args>;
-  const saek_exec where{SAEK_CPU, std::get<0>(exec), std::get<1>(exec), nullptr, nullptr};
+  const auto& [device, dtype, threads, stream, skip] = exec;
+  const saek_exec where{device, dtype, threads, at(stream), at<const Int>(skip)};
   int code;
   {
     py::gil_scoped_release release;
@@ -118,11 +122,18 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("FLOAT32") = static_cast<int>(SAEK_FLOAT32);
   m.attr("FLOAT64") = static_cast<int>(SAEK_FLOAT64);
+  m.attr("BFLOAT16") = static_cast<int>(SAEK_BFLOAT16);
+  m.attr("CPU") = static_cast<int>(SAEK_CPU);
+  m.attr("CUDA") = static_cast<int>(SAEK_CUDA);
   m.attr("OK") = static_cast<int>(SAEK_OK);
   m.attr("OVERFLOW") = static_cast<int>(SAEK_OVERFLOW);
   m.attr("UNSUPPORTED") = static_cast<int>(SAEK_UNSUPPORTED);
+  m.attr("TOO_SHORT") = static_cast<int>(SAEK_TOO_SHORT);
+  m.attr("NOT_FINITE") = static_cast<int>(SAEK_NOT_FINITE);
   m.attr("TOO_DENSE") = static_cast<int>(SAEK_TOO_DENSE);
   m.attr("B_DEC_SHARES") = static_cast<int>(SAEK_B_DEC_SHARES);
+  m.attr("LONG_LIST") = static_cast<int>(SAEK_LONG_LIST);
+  m.attr("SHARED_ROW") = static_cast<int>(SAEK_SHARED_ROW);
 
   m.def("isa", &isa, "Instruction set in use: avx512vnni, avx512, avx2 or portable.");
   m.def("has_openmp", [] { return saek_has_openmp() != 0; }, "Whether the loops use threads.");
@@ -131,12 +142,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "compact",
       [](const Exec& exec, Pointer pre, Pointer b_enc, double clip, Int rows, Int d_sae, Pointer mask,
-         const Out& out) {
+         Pointer counts, const Out& out) {
         return call("compact", saek_compact, exec,
-                    {at(pre), at(b_enc), clip, rows, d_sae, at<std::uint64_t>(mask), out_of(out)});
+                    {at(pre), at(b_enc), clip, rows, d_sae, at<std::uint64_t>(mask),
+                     at<std::int32_t>(counts), out_of(out)});
       },
       named, arg("exec"), arg("pre"), arg("b_enc"), arg("clip"), arg("rows"), arg("d_sae"), arg("mask"),
-      arg("out"), "List the active entries of a chunk of rows; OK or OVERFLOW.");
+      arg("counts"), arg("out"), "List the active entries of a chunk of rows; OK or OVERFLOW.");
   m.def("screen_scratch", &saek_screen_scratch, named, arg("rows"), arg("d_in"), arg("d_sae"),
         arg("threads"), "Bytes of scratch memory that screen needs.");
   m.def(
@@ -154,13 +166,14 @@ PYBIND11_MODULE(_C, m) {
       "gather",
       [](const Exec& exec, Pointer support_ptr, Pointer support_col, Pointer xc, Pointer W_enc,
          Pointer b_enc, double clip, Int rows, Int d_in, Int support_length, Pointer scratch,
-         const Out& out) {
+         Pointer counts, const Out& out) {
         return call("gather", saek_gather, exec,
                     {at<const Int>(support_ptr), at<const std::int32_t>(support_col), at(xc), at(W_enc),
-                     at(b_enc), clip, rows, d_in, support_length, at(scratch), out_of(out)});
+                     at(b_enc), clip, rows, d_in, support_length, at(scratch), at<std::int32_t>(counts),
+                     out_of(out)});
       },
       named, arg("exec"), arg("support_ptr"), arg("support_col"), arg("xc"), arg("W_enc"), arg("b_enc"),
-      arg("clip"), arg("rows"), arg("d_in"), arg("support_length"), arg("scratch"), arg("out"),
+      arg("clip"), arg("rows"), arg("d_in"), arg("support_length"), arg("scratch"), arg("counts"), arg("out"),
       "List the active entries of a given support; OK or OVERFLOW.");
   m.def(
       "decode",
@@ -171,17 +184,17 @@ PYBIND11_MODULE(_C, m) {
       arg("out"), "Weighted sums of a matrix's rows, one for each row of a code.");
   m.def(
       "residual",
-      [](const Exec& exec, const Code& code, Pointer W_dec, Pointer xc, Pointer recon_weight,
-         Pointer l1_weight, Pointer feature_weight, double recon_scale, double l1_scale, Int d_in,
-         Pointer row_sums, Pointer grad, Pointer dz, Pointer sums) {
+      [](const Exec& exec, const Code& code, Pointer W_dec, Pointer x, Pointer b_dec, Pointer recon_weight,
+         Pointer l1_weight, Pointer feature_weight, double recon_scale, Pointer l1_scale, Int d_in,
+         Int shared_bytes, Pointer halt, Pointer row_sums, Pointer grad, Pointer dz, Pointer sums) {
         return call("residual", saek_residual, exec,
-                    {code_of(code), at(W_dec), at(xc), at(recon_weight), at(l1_weight),
-                     at(feature_weight), recon_scale, l1_scale, d_in, at<double>(row_sums), at(grad),
-                     at(dz), at<double>(sums)});
+                    {code_of(code), at(W_dec), at(x), at(b_dec), at(recon_weight), at(l1_weight),
+                     at(feature_weight), recon_scale, at<const double>(l1_scale), d_in, shared_bytes,
+                     at<Int>(halt), at<double>(row_sums), at(grad), at(dz), at<double>(sums)});
       },
-      named, arg("exec"), arg("code"), arg("W_dec"), arg("xc"), arg("recon_weight"), arg("l1_weight"),
-      arg("feature_weight"), arg("recon_scale"), arg("l1_scale"), arg("d_in"), arg("row_sums"),
-      arg("grad"), arg("dz"), arg("sums"), "Residual, loss and both gradients of each row.");
+      named, arg("exec"), arg("code"), arg("W_dec"), arg("x"), arg("b_dec"), arg("recon_weight"),
+      arg("l1_weight"), arg("feature_weight"), arg("recon_scale"), arg("l1_scale"), arg("d_in"),
+      arg("shared_bytes"), arg("halt"), arg("row_sums"), arg("grad"), arg("dz"), arg("sums"), "Residual, loss and both gradients of each row.");
   m.def(
       "dz",
       [](const Exec& exec, const Code& code, Pointer W_dec, Pointer grad, Pointer grad_l1,
@@ -197,10 +210,11 @@ PYBIND11_MODULE(_C, m) {
       "transpose",
       [](const Exec& exec, const Code& code, Pointer dz, Pointer row_weight, Int d_sae, Pointer counts,
          const Entries& entries, Pointer grad_b_enc, Pointer z_sum) {
+        const auto& [feature_ptr, row, z, dz_by_feature, long_lists, slots] = entries;
         return call("transpose", saek_transpose, exec,
-                    {code_of(code), at(dz), at(row_weight), d_sae, at<Int>(counts), at<Int>(entries[0]),
-                     at<std::int32_t>(entries[1]), at(entries[2]), at(entries[3]), at(grad_b_enc),
-                     at(z_sum)});
+                    {code_of(code), at(dz), at(row_weight), d_sae, at<Int>(counts),
+                     at<std::int32_t>(long_lists), slots, at<Int>(feature_ptr), at<std::int32_t>(row), at(z),
+                     at(dz_by_feature), at(grad_b_enc), at(z_sum)});
       },
       named, arg("exec"), arg("code"), arg("dz"), arg("row_weight"), arg("d_sae"), arg("counts"),
       arg("entries"), arg("grad_b_enc"), arg("z_sum"), "Order the entries by feature; sum dz and z.");
@@ -231,13 +245,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "update_features",
       [](const Exec& exec, const Gradient& gradient, const Adam& adam, bool unit_norm, Pointer scratch,
-         const Moments& W_enc, const Moments& b_enc, const Moments& W_dec) {
+         const Moments& W_enc, const Moments& b_enc, const Moments& W_dec, Pointer W_enc_copy,
+         Pointer W_dec_copy) {
         return call("update_features", saek_update_features, exec,
                     {gradient_of(gradient), adam_of(adam), unit_norm, at(scratch), moments_of(W_enc),
-                     moments_of(b_enc), moments_of(W_dec)});
+                     moments_of(b_enc), moments_of(W_dec), at(W_enc_copy), at(W_dec_copy)});
       },
       named, arg("exec"), arg("gradient"), arg("adam"), arg("unit_norm"), arg("scratch"), arg("W_enc"),
-      arg("b_enc"), arg("W_dec"), "Gradients, projection, Adam and renormalisation of every feature.");
+      arg("b_enc"), arg("W_dec"), arg("W_enc_copy"), arg("W_dec_copy"), "Gradients, projection, Adam and renormalisation of every feature.");
   m.def(
       "update",
       [](const Exec& exec, Pointer gradient, Int n, const Adam& adam, const Moments& parameter) {
@@ -254,33 +269,34 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "dense_activate",
       [](const Exec& exec, Pointer pre, Pointer b_enc, double clip, Pointer row_weight, Int rows, Int d_sae,
-         Pointer passes, Pointer fired, Pointer saturated, Pointer z_sum) {
+         Pointer passes, Pointer fired, Pointer saturated, Pointer z_sum, Pointer scratch) {
         return call("dense_activate", saek_dense_activate, exec,
                     {at(pre), at(b_enc), clip, at(row_weight), rows, d_sae, at<std::uint64_t>(passes),
-                     at<Int>(fired), at<Int>(saturated), at<double>(z_sum)});
+                     at<Int>(fired), at<Int>(saturated), at<double>(z_sum), at<double>(scratch)});
       },
       named, arg("exec"), arg("pre"), arg("b_enc"), arg("clip"), arg("row_weight"), arg("rows"),
       arg("d_sae"), arg("passes"), arg("fired"), arg("saturated"), arg("z_sum"),
+      arg("scratch"),
       "Pre-activations become activations in place.");
   m.def(
       "dense_residual",
-      [](const Exec& exec, Pointer grad, Pointer xc, Pointer recon_weight, double recon_scale, Int rows,
-         Int d_in, Pointer row_sums, Pointer sums) {
+      [](const Exec& exec, Pointer grad, Pointer x, Pointer b_dec, Pointer recon_weight, double recon_scale,
+         Int rows, Int d_in, Pointer halt, Pointer row_sums, Pointer sums) {
         return call("dense_residual", saek_dense_residual, exec,
-                    {at(grad), at(xc), at(recon_weight), recon_scale, rows, d_in, at<double>(row_sums),
-                     at<double>(sums)});
+                    {at(grad), at(x), at(b_dec), at(recon_weight), recon_scale, rows, d_in, at<Int>(halt),
+                     at<double>(row_sums), at<double>(sums)});
       },
-      named, arg("exec"), arg("grad"), arg("xc"), arg("recon_weight"), arg("recon_scale"), arg("rows"),
-      arg("d_in"), arg("row_sums"), arg("sums"), "Reconstructions become gradients in place.");
+      named, arg("exec"), arg("grad"), arg("x"), arg("b_dec"), arg("recon_weight"), arg("recon_scale"),
+      arg("rows"), arg("d_in"), arg("halt"), arg("row_sums"), arg("sums"), "Reconstructions become gradients in place.");
   m.def(
       "dense_mask",
       [](const Exec& exec, Pointer dz, Pointer passes, Pointer l1_weight, Pointer feature_weight,
-         double l1_scale, Int rows, Int d_sae, Pointer grad_b_enc) {
+         Pointer l1_scale, Int rows, Int d_sae, Pointer grad_b_enc, Pointer scratch) {
         return call("dense_mask", saek_dense_mask, exec,
-                    {at(dz), at<const std::uint64_t>(passes), at(l1_weight), at(feature_weight), l1_scale,
-                     rows, d_sae, at<double>(grad_b_enc)});
+                    {at(dz), at<const std::uint64_t>(passes), at(l1_weight), at(feature_weight),
+                     at<const double>(l1_scale), rows, d_sae, at<double>(grad_b_enc), at<double>(scratch)});
       },
       named, arg("exec"), arg("dz"), arg("passes"), arg("l1_weight"), arg("feature_weight"),
-      arg("l1_scale"), arg("rows"), arg("d_sae"), arg("grad_b_enc"),
+      arg("l1_scale"), arg("rows"), arg("d_sae"), arg("grad_b_enc"), arg("scratch"),
       "Gradients of activations become gradients of pre-activations in place.");
 }

@@ -78,8 +78,9 @@ def _kernels() -> Check:
 
     facts = ops.describe()
     cuda = facts["cuda"]
-    devices = ", ".join(str(device["name"]) for device in cuda["devices"]) or cuda["reason"]
-    built = f"CUDA {'built' if cuda['built'] else 'not built'}: {devices}"
+    devices = [str(device["name"]) for device in cuda["devices"]]
+    reason = [] if cuda["reason"] is None else [str(cuda["reason"])]
+    built = f"CUDA {'built' if cuda['built'] else 'not built'}: {'; '.join([*devices, *reason])}"
     compiled = facts["fallback_reason"] is None
     remedy = "" if compiled else "; install a C++ compiler and run `make setup`"
     found = f"{facts['implementation']}, {facts['threads']} threads{remedy}; {built}"

@@ -1,33 +1,58 @@
 """Types of the compiled module; csrc/bind.cpp implements it and csrc/saek.h is its contract.
 
 Pointers are integers from Tensor.data_ptr(); 0 stands for NULL where that is allowed. Functions that
-return an int return a code of saek.h; anything but the codes named here is raised as ValueError.
+return an int return a code of saek.h; anything but the codes named here is raised as ValueError, what the
+CUDA runtime refuses as RuntimeError. Tuples follow the C structs:
+
+    exec      device, dtype, threads, stream, skip
+    code      row_ptr, col, val, rows
+    out       row_ptr, col, val, capacity, counters
+    entries   feature_ptr, row, z, dz, long_lists, slots
+    gradient  entries, grad, xc, dW_enc, dW_dec, grad_b_enc, pull, W_dec, long_rows, d_in, d_sae
+    adam      numbers, grad_scale
+    moments   value, m, v
 """
 
 from typing import Any
 
-_Exec = tuple[int, int]
+_Exec = tuple[int, int, int, int, int]
 _Code = tuple[int, int, int, int]
 _Out = tuple[int, int, int, int, int]
 _Entries = tuple[int, ...]
-_Gradient = tuple[Any, ...]
-_Adam = tuple[float, float, float, float, float, int, int]
+_Gradient = tuple[_Entries, int, int, int, int, int, int, int, int, int, int]
+_Adam = tuple[int, int]
 _Moments = tuple[int, int, int]
 
 FLOAT32: int
 FLOAT64: int
+BFLOAT16: int
+CPU: int
+CUDA: int
 OK: int
 OVERFLOW: int
 UNSUPPORTED: int
 TOO_DENSE: int
+TOO_SHORT: int
+NOT_FINITE: int
 B_DEC_SHARES: int
+LONG_LIST: int
+SHARED_ROW: int
 
 def isa() -> str: ...
 def has_openmp() -> bool: ...
 def cuda() -> dict[str, Any]: ...
 def screen_scratch(*, rows: int, d_in: int, d_sae: int, threads: int) -> int: ...
 def compact(
-    *, exec: _Exec, pre: int, b_enc: int, clip: float, rows: int, d_sae: int, mask: int, out: _Out
+    *,
+    exec: _Exec,
+    pre: int,
+    b_enc: int,
+    clip: float,
+    rows: int,
+    d_sae: int,
+    mask: int,
+    counts: int,
+    out: _Out,
 ) -> int: ...
 def screen(
     *,
@@ -58,6 +83,7 @@ def gather(
     d_in: int,
     support_length: int,
     scratch: int,
+    counts: int,
     out: _Out,
 ) -> int: ...
 def decode(*, exec: _Exec, code: _Code, matrix: int, bias: int, d_in: int, out: int) -> int: ...
@@ -66,13 +92,16 @@ def residual(
     exec: _Exec,
     code: _Code,
     W_dec: int,
-    xc: int,
+    x: int,
+    b_dec: int,
     recon_weight: int,
     l1_weight: int,
     feature_weight: int,
     recon_scale: float,
-    l1_scale: float,
+    l1_scale: int,
     d_in: int,
+    shared_bytes: int,
+    halt: int,
     row_sums: int,
     grad: int,
     dz: int,
@@ -127,6 +156,8 @@ def update_features(
     W_enc: _Moments,
     b_enc: _Moments,
     W_dec: _Moments,
+    W_enc_copy: int,
+    W_dec_copy: int,
 ) -> int: ...
 def update(*, exec: _Exec, gradient: int, n: int, adam: _Adam, parameter: _Moments) -> int: ...
 def row_norms(*, exec: _Exec, matrix: int, rows: int, d_in: int, out: int) -> int: ...
@@ -143,16 +174,19 @@ def dense_activate(
     fired: int,
     saturated: int,
     z_sum: int,
+    scratch: int,
 ) -> int: ...
 def dense_residual(
     *,
     exec: _Exec,
     grad: int,
-    xc: int,
+    x: int,
+    b_dec: int,
     recon_weight: int,
     recon_scale: float,
     rows: int,
     d_in: int,
+    halt: int,
     row_sums: int,
     sums: int,
 ) -> int: ...
@@ -163,8 +197,9 @@ def dense_mask(
     passes: int,
     l1_weight: int,
     feature_weight: int,
-    l1_scale: float,
+    l1_scale: int,
     rows: int,
     d_sae: int,
     grad_b_enc: int,
+    scratch: int,
 ) -> int: ...

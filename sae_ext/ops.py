@@ -8,23 +8,23 @@
     out = autoencode(x, params)                           # differentiable, for any loss and optimizer
     loss = (out.x_hat - x).square().sum(1).mean() + 10.0 * out.l1.mean()
 
-The compiled code (csrc/) never forms a [B, d_sae] tensor once the SAE is sparse. Where the compiled
-module is missing, or the tensors are not on the CPU, `sae_ext.reference` computes the same numbers,
+The compiled code (csrc/) never forms a [B, d_sae] tensor once the SAE is sparse. Where it is missing,
+or was built without what the tensors' device needs, `sae_ext.reference` computes the same numbers,
 slower. The contract is in docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from sae_ext import native, reference
+from sae_ext import arguments, coding, native, reference, step_cpu, step_cuda
 from sae_ext.errors import UserError
 from sae_ext.parameters import (
     AdamState,
@@ -46,7 +46,7 @@ if native.MISSING is not None and _WARNED not in os.environ:
         native.MISSING,
     )
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cpu", "cuda", "reference"]
 
 
 def implementation() -> str:
@@ -70,7 +70,8 @@ def describe() -> dict[str, Any]:
 
     Keys: `implementation`; `threads` in use; `fallback_reason`, None unless the reference is used;
     `openmp`, whether the compiled loops use threads; `cuda`, with `built`, `devices` (name,
-    capability, memory_bytes), `driver_version`, `runtime_version` and the `reason` there are none.
+    capability, memory_bytes), `driver_version`, `runtime_version` and the `reason` why tensors on a
+    GPU would run on the reference, None where they need not.
     """
     return {
         "implementation": implementation(),
@@ -87,12 +88,13 @@ def encode(x: Tensor, params: Parameters, clip: float | None = None) -> SparseCo
     x is [B, d_in] of any float dtype and is converted to that of `params`; B may be 0. An entry is
     listed where the pre-activation is positive, or NaN. Raises `UserError` for wrong arguments.
     """
-    _check_params(params)
-    x = _rows(x, params)
-    clip = _check_clip(clip, params)
+    arguments.check_params(params)
+    x = arguments.rows_of(x, params)
+    clip = arguments.check_clip(clip, params)
     if len(x) == 0 or _choose("auto", x) == "reference":
         return reference.encode(x, params, clip)
-    code, _ = native.encode(native.Workspace(), x - params.b_dec, params, clip)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        code, _ = coding.encode(native.Workspace(x.device), x - params.b_dec, params, clip)
     return SparseCode(code.row_ptr, code.col.clone(), code.val.abs())
 
 
@@ -102,11 +104,12 @@ def decode(code: SparseCode, params: Parameters) -> Tensor:
 
     Raises `UserError` for a code whose arrays do not fit together or point outside.
     """
-    _check_params(params)
-    code = _check_code(code, params)
+    arguments.check_params(params)
+    code = arguments.check_code(code, params)
     if len(code.row_ptr) == 1 or _choose("auto", code.val) == "reference":
         return reference.decode(code, params)
-    return native.decode(code, params)
+    with torch.cuda.device_of(code.val):  # type: ignore[no-untyped-call]
+        return coding.decode(code, params)
 
 
 class Autoencoded(NamedTuple):
@@ -141,16 +144,18 @@ def autoencode(
     `fullgraph=True` needs `torch._dynamo.config.capture_dynamic_output_shape_ops = True`.
     Raises `UserError` for wrong arguments.
     """
-    _check_params(params)
-    _check_rows(x, params)
-    clip = _check_clip(clip, params)
+    arguments.check_params(params)
+    arguments.check_rows(x, params)
+    clip = arguments.check_clip(clip, params)
     if len(x) == 0:
         raise UserError("x has no rows: autoencode needs at least one")
     if feature_weight is not None:
-        _check_vector("feature_weight", feature_weight, "d_sae", len(params.b_enc), params.b_enc)
+        arguments.check_vector(
+            "feature_weight", feature_weight, "d_sae", len(params.b_enc), params.b_enc
+        )
         feature_weight = feature_weight.to(params.b_enc.dtype)
     if support is not None:
-        _check_index("support", support, len(x), params)
+        arguments.check_index("support", support, len(x), params)
     x_hat, l1, activity, row_ptr, col, val = torch.ops.sparsemill.autoencode(
         x.to(params.b_dec.dtype), params.W_enc_rows, params.b_enc, params.W_dec, params.b_dec,
         feature_weight, None if support is None else support.row_ptr,
@@ -176,11 +181,12 @@ def _autoencode(
     params = Parameters(*(t.contiguous() for t in (W_enc_rows, b_enc, W_dec, b_dec)))
     x, support = x.contiguous(), None
     if support_ptr is not None and support_col is not None:
-        support = _check_support(Support(support_ptr, support_col), len(x), params)
+        support = arguments.check_support(Support(support_ptr, support_col), len(x), params)
     if feature_weight is not None:
         feature_weight = feature_weight.contiguous()
-    compute = reference if _choose("auto", x) == "reference" else native
-    x_hat, l1, activity, code = compute.autoencode(x, params, clip, feature_weight, support)
+    compute = reference if _choose("auto", x) == "reference" else coding
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        x_hat, l1, activity, code = compute.autoencode(x, params, clip, feature_weight, support)
     return x_hat, l1, activity, *code
 
 
@@ -232,13 +238,14 @@ def _autoencode_backward(
     )
     if feature_weight is not None:
         feature_weight = feature_weight.contiguous()
-    compute = reference if _choose("auto", x) == "reference" else native
-    grad_x, grad, grad_feature_weight = compute.autoencode_backward(
-        (g_x_hat, g_l1, g_activity, g_val), x.contiguous(),
-        Parameters(*(t.contiguous() for t in (W_enc_rows, b_enc, W_dec, b_dec))),
-        SparseCode(row_ptr, col, val), feature_weight,
-        of_x=of_x, of_weights=of_weights,
-    )  # fmt: skip
+    compute = reference if _choose("auto", x) == "reference" else coding
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        grad_x, grad, grad_feature_weight = compute.autoencode_backward(
+            (g_x_hat, g_l1, g_activity, g_val), x.contiguous(),
+            Parameters(*(t.contiguous() for t in (W_enc_rows, b_enc, W_dec, b_dec))),
+            SparseCode(row_ptr, col, val), feature_weight,
+            of_x=of_x, of_weights=of_weights,
+        )  # fmt: skip
     return grad_x, grad.W_enc_rows, grad.b_enc, grad.W_dec, grad.b_dec, grad_feature_weight
 
 
@@ -292,21 +299,46 @@ torch.library.register_autograd(
 class Step:
     """One fused training step; keeps its workspaces between calls, so hold on to one instance.
 
-    `backend`: "auto" takes the compiled kernels where they are built and the tensors are on the
-    CPU; "cpu" insists on them; "reference" is plain PyTorch. Threads follow
-    `torch.get_num_threads()`. Not to be called from two threads at once.
+    Threads follow `torch.get_num_threads()`. Not to be called from two threads at once.
+
+    On a GPU a call queues the step and returns; what it returns waits for the step when first looked at.
+    Now and then a step finds its arrays too short; then it, and steps queued after it, change nothing at
+    first and are done again later. So the parameters are only those after the last step once its result
+    was looked at, or `wait` was called: do that before you save or change them, or hand them to another
+    Step.
+
+    Args:
+        backend: "auto" takes the compiled kernels where they are built for the tensors' device; "cpu"
+            and "cuda" insist on them; "reference" is plain PyTorch.
+        precision: of matrix products and gathers on a GPU; weights, moments and sums keep the
+            parameters' own. "float32" is true float32; "tf32" rounds what goes into products;
+            "bfloat16" rounds that and what is gathered, and keeps a copy of the weights so.
+        capture: on a GPU, record the step as a CUDA graph and replay it: for small steps, whose kernels
+            take less time than queueing them.
     """
 
-    def __init__(self, backend: Backend = "auto") -> None:
-        if backend not in ("auto", "cpu", "reference"):
-            raise UserError(f"backend must be auto, cpu or reference, got {backend!r}")
+    def __init__(
+        self,
+        backend: Backend = "auto",
+        *,
+        precision: step_cuda.Precision = "float32",
+        capture: bool = False,
+    ) -> None:
+        if backend not in ("auto", "cpu", "cuda", "reference"):
+            raise UserError(f"backend must be auto, cpu, cuda or reference, got {backend!r}")
+        if precision not in ("float32", "tf32", "bfloat16"):
+            raise UserError(f"precision must be float32, tf32 or bfloat16, got {precision!r}")
         if backend == "cpu" and native.MISSING is not None:
             raise UserError(
                 f"backend 'cpu' is not built ({native.MISSING}): install a C++ compiler and run "
                 "`make setup`, or use backend 'auto'"
             )
-        self._backend = backend
+        if backend == "cuda" and (missing := native.cuda_missing()) is not None:
+            raise UserError(f"backend 'cuda' cannot be used: {missing}; or use backend 'auto'")
+        self._backend, self._precision, self._capture = backend, precision, capture
         self._spaces = native.Spaces()
+        self._queue: step_cuda.Queue | None = None
+        self._restored: dict[str, Any] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -329,6 +361,7 @@ class Step:
         train_b_dec: bool = True,
         max_grad_norm: float | None = None,
         support: Support | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> StepResult:
         """Lower the loss on x [B, d_in] by one Adam update of `params` and `adam`, in place.
 
@@ -349,243 +382,127 @@ class Step:
                 gradients are then computed twice (they are never stored).
             support: the entries that may be active, where something other than the ReLU chooses
                 them (TopK, BatchTopK, JumpReLU). The encoder is then computed for these alone.
+            group: a torch.distributed process group whose members train one autoencoder, each with
+                rows of its own: gradients are summed over all rows of all members (as tensors,
+                which costs their memory), so parameters that are equal stay equal. What is returned
+                is of all rows too.
 
         Raises:
             UserError: wrong arguments; before anything is changed.
-            Diverged: the loss is not finite since a parameter is not; before anything is changed.
+            Diverged: the loss is not finite since a parameter is not; before anything is changed. On
+                a GPU either may be raised by a later call, by a look at the result, or by `wait`.
         """
-        _check_params(params)
-        _check_adam(adam, params)
-        clip = _check_clip(clip, params)
-        _check_numbers(l1=l1, lr=lr, eps=eps, weight_decay=weight_decay)
-        _check_betas(beta1=beta1, beta2=beta2)
+        arguments.check_params(params)
+        arguments.check_adam(adam, params)
+        clip = arguments.check_clip(clip, params)
+        arguments.check_numbers(l1=l1, lr=lr, eps=eps, weight_decay=weight_decay)
+        arguments.check_betas(beta1=beta1, beta2=beta2)
         if decoder_norm not in ("unit", "free"):
             raise UserError(f"decoder_norm must be unit or free, got {decoder_norm!r}")
         if max_grad_norm is not None:
-            _check_number("max_grad_norm", max_grad_norm)
+            arguments.check_number("max_grad_norm", max_grad_norm)
             if not max_grad_norm > 0:
                 raise UserError(f"max_grad_norm must be positive, or None, got {max_grad_norm}")
-        x = _rows(x, params)
+        x = arguments.rows_of(x, params)
         if len(x) == 0:
             raise UserError("x has no rows: a step needs at least one")
         objective = Objective(
             l1=l1,
             clip=clip,
-            recon_weight=_check_weight("recon_weight", recon_weight, "rows", len(x), x),
-            l1_weight=_check_weight("l1_weight", l1_weight, "rows", len(x), x),
-            feature_weight=_check_weight(
+            recon_weight=arguments.weight_of("recon_weight", recon_weight, "rows", len(x), x),
+            l1_weight=arguments.weight_of("l1_weight", l1_weight, "rows", len(x), x),
+            feature_weight=arguments.weight_of(
                 "feature_weight", feature_weight, "d_sae", len(params.b_enc), x
             ),
             decoder_norm=decoder_norm,
         )
         update = Update(lr, beta1, beta2, eps, weight_decay, max_grad_norm, train_b_dec)
         if support is not None:
-            _check_index("support", support, len(x), params)
-            support = _check_support(support, len(x), params)
-        if _choose(self._backend, x) == "reference":
-            return reference.step(params, adam, x, objective, update, support)
-        result = native.step(self._spaces, params, adam, x, objective, update, support)
+            arguments.check_index("support", support, len(x), params)
+
+        def check(objective: Objective, support: Support | None) -> None:
+            for name in ("recon_weight", "l1_weight", "feature_weight"):
+                arguments.check_weight_values(name, getattr(objective, name))
+            if support is not None:
+                arguments.check_places("support", support, params)
+
+        chosen = _choose(self._backend, x)
+        if chosen != "cuda":
+            check(objective, support)
+        if support is not None:
+            support = Support(*(t.contiguous() for t in support))
+        if chosen == "cuda":
+            return self._queued(params, adam, x, objective, update, support, group, check)
+        if self._precision != "float32":
+            raise UserError(
+                f"precision {self._precision!r} needs the kernels on a GPU, but x is on {x.device} and runs "
+                f"on {chosen}: use precision 'float32'"
+            )
+        if chosen == "reference":
+            return reference.step(params, adam, x, objective, update, support, group)
+        result = step_cpu.step(self._spaces, params, adam, x, objective, update, support, group)
         # Autograd cannot see kernels write: so a backward through the old values is refused.
-        for group in (params, adam.m, adam.v):
-            torch.autograd.graph.increment_version(group.tensors().values())
+        for tensors in (params, adam.m, adam.v):
+            torch.autograd.graph.increment_version(tensors.tensors().values())
         return result
+
+    def wait(self) -> None:
+        """Until all steps queued on a GPU have run, and run to their end."""
+        if self._queue is not None:
+            self._queue.wait()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must `restore` to go on bitwise as this one would; empty on the CPU."""
+        return {} if self._queue is None else self._queue.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        self._restored = state or None
+        if self._queue is not None and state:
+            self._queue.restore(state)
+
+    def _queued(
+        self,
+        params: Parameters,
+        adam: AdamState,
+        x: Tensor,
+        objective: Objective,
+        update: Update,
+        support: Support | None,
+        group: dist.ProcessGroup | None,
+        check: Callable[[Objective, Support | None], None],
+    ) -> StepResult:
+        if self._precision != "float32" and x.dtype != torch.float32:
+            raise UserError(
+                f"precision {self._precision!r} is for parameters in float32, got {x.dtype}: "
+                "convert them, or use precision 'float32'"
+            )
+        if self._queue is not None and self._queue.device != x.device:
+            self._queue.wait()
+            self._queue = None
+        if self._queue is None:
+            self._queue = step_cuda.Queue(x.device, self._precision, capture=self._capture)
+            if self._restored is not None:
+                self._queue.restore(self._restored)
+        queued = self._queue.step(params, adam, x, objective, update, support, group, check)
+        return cast(StepResult, queued)
 
 
 def _choose(backend: Backend, x: Tensor) -> str:
-    if backend == "cpu" and x.device.type != "cpu":
-        raise UserError(f"x is on {x.device}, which backend 'cpu' cannot read: use backend 'auto'")
-    if backend == "reference" or x.device.type != "cpu":
+    """ "cpu", "cuda" or "reference"."""
+    kind = x.device.type
+    if backend in ("cpu", "cuda") and kind != backend:
+        raise UserError(
+            f"x is on {x.device}, which backend {backend!r} cannot read: use backend 'auto'"
+        )
+    if kind == "cuda" and backend != "reference":
+        missing = native.cuda_missing(x.device)
+        if missing is not None and backend == "cuda":
+            raise UserError(f"backend 'cuda' cannot be used on {x.device}: {missing}")
+        return "cuda" if missing is None else "reference"
+    if backend == "reference" or kind != "cpu":
         return "reference"
-    return implementation()
-
-
-def _check_params(params: Parameters) -> None:
-    """Shapes that agree, one dtype, one device, rows without gaps: kernels read raw memory."""
-    if params.W_dec.ndim != 2 or 0 in params.W_dec.shape:
-        raise UserError(f"W_dec must be [d_sae, d_in], got shape {list(params.W_dec.shape)}")
-    if params.W_dec.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"W_dec must be float32 or float64, got {params.W_dec.dtype}: convert the parameters"
-        )
-    _check_like("", params, params)
-
-
-def _check_adam(adam: AdamState, params: Parameters) -> None:
-    _check_like("adam.m.", adam.m, params)
-    _check_like("adam.v.", adam.v, params)
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, prefix + name)
-        for prefix, group in (("", params), ("adam.m.", adam.m), ("adam.v.", adam.v))
-        for name, tensor in group.tensors().items()
-        if tensor.device.type != "meta"
-    )
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start < end:
-            raise UserError(f"{first} and {second} share memory: give each its own, with clone()")
-    if adam.step < 0:
-        raise UserError(f"adam.step must be 0 or more, got {adam.step}")
-
-
-def _check_like(prefix: str, group: Parameters, params: Parameters) -> None:
-    model = params.W_dec
-    d_sae, d_in = model.shape
-    shapes = {
-        "W_enc_rows": (d_sae, d_in),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-    }
-    for name, tensor in group.tensors().items():
-        if tensor.shape != shapes[name]:
-            raise UserError(
-                f"{prefix}{name} has shape {list(tensor.shape)}, but W_dec's {[d_sae, d_in]} asks "
-                f"for {list(shapes[name])}"
-            )
-        if tensor.dtype != model.dtype or tensor.device != model.device:
-            raise UserError(
-                f"{prefix}{name} is {tensor.dtype} on {tensor.device}, but W_dec is {model.dtype} "
-                f"on {model.device}: convert it"
-            )
-        if not tensor.is_contiguous():
-            raise UserError(f"{prefix}{name} is not contiguous: pass {name}.contiguous()")
-
-
-def _rows(x: Tensor, params: Parameters) -> Tensor:
-    """x checked against the parameters, in their dtype, contiguous and detached."""
-    _check_rows(x, params)
-    return x.detach().to(params.b_dec.dtype).contiguous()
-
-
-def _check_rows(x: Tensor, params: Parameters) -> None:
-    d_in = len(params.b_dec)
-    if not isinstance(x, Tensor):
-        raise UserError(f"x must be a torch tensor, got {type(x).__name__}")
-    if x.ndim != 2 or x.shape[1] != d_in:
-        raise UserError(f"x must be [rows, {d_in}], got shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise UserError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
-    if x.device != params.b_dec.device:
-        raise UserError(f"x is on {x.device} but the parameters are on {params.b_dec.device}")
-
-
-def _check_vector(name: str, vector: Tensor, axis: str, length: int, like: Tensor) -> None:
-    """A floating-point vector of this length on the same device."""
-    if not isinstance(vector, Tensor) or not vector.is_floating_point():
-        found = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-        raise UserError(f"{name} must be a floating-point tensor, got {found}: convert it")
-    if vector.shape != (length,):
-        raise UserError(f"{name} must be [{axis} = {length}], got shape {list(vector.shape)}")
-    if vector.device != like.device:
-        raise UserError(f"{name} is on {vector.device}, but the parameters are on {like.device}")
-
-
-def _check_weight(
-    name: str, weight: Tensor | None, axis: str, length: int, like: Tensor
-) -> Tensor | None:
-    """A weight of the objective, converted like x itself, not negative and finite."""
-    if weight is None:
-        return None
-    _check_vector(name, weight, axis, length, like)
-    weight = weight.detach().to(like.dtype).contiguous()
-    wrong = ~((weight >= 0) & (weight < math.inf))
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise UserError(
-            f"{name} must be 0 or more and finite everywhere, but {name}[{at}] is {weight[at]:g}"
-        )
-    return weight
-
-
-def _check_clip(clip: float | None, params: Parameters) -> float | None:
-    """The clip as the parameters' dtype has it; None where it is beyond all numbers of that."""
-    if clip is None:
-        return None
-    _check_number("clip", clip)
-    dtype = params.b_dec.dtype
-    if clip > torch.finfo(dtype).max:
-        return None
-    rounded = torch.tensor(clip, dtype=torch.float64).to(dtype).item()
-    if not rounded > 0:
-        raise UserError(f"clip must be positive in {dtype}, or None for no bound, got {clip}")
-    return float(rounded)
-
-
-def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)):
-        raise UserError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _check_numbers(**numbers: float) -> None:
-    for name, value in numbers.items():
-        _check_number(name, value)
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} must be 0 or more and finite, got {value}")
-
-
-def _check_betas(**betas: float) -> None:
-    for name, value in betas.items():
-        _check_number(name, value)
-        if not 0 <= value < 1:
-            raise UserError(f"{name} must lie in [0, 1), got {value}")
-
-
-def _check_index(name: str, index: Support | SparseCode, rows: int, params: Parameters) -> None:
-    """The form of `row_ptr` and `col`, without a look at their numbers."""
-    row_ptr, col = index[:2]
-    if row_ptr.dtype != torch.int64 or col.dtype != torch.int32:
-        raise UserError(
-            f"{name} must hold row_ptr int64 and col int32, got {row_ptr.dtype} and {col.dtype}"
-        )
-    if not row_ptr.device == col.device == params.b_dec.device:
-        raise UserError(f"{name} and parameters must be on one device, {params.b_dec.device}")
-    if row_ptr.shape != (rows + 1,) or col.ndim != 1:
-        raise UserError(
-            f"{name} must hold row_ptr [{rows + 1}] and col [n], got {list(row_ptr.shape)} and "
-            f"{list(col.shape)}"
-        )
-
-
-def _check_places(name: str, index: Support | SparseCode, params: Parameters) -> None:
-    """Entries that all lie inside, each listed once: kernels read where they point."""
-    row_ptr, col = index[:2]
-    if row_ptr[0] != 0 or row_ptr[-1] != len(col) or bool((row_ptr.diff() < 0).any()):
-        raise UserError(f"{name}.row_ptr must rise from 0 to the number of entries, {len(col)}")
-    d_sae = len(params.b_enc)
-    if len(col) and not (col.min() >= 0 and col.max() < d_sae):
-        raise UserError(f"{name}.col must lie in [0, {d_sae}), got {col.min()} to {col.max()}")
-    if len(col) < 2:
-        return
-    rises = col.diff() > 0
-    starts = row_ptr[1:-1]
-    rises[starts[(starts > 0) & (starts < len(col))] - 1] = True
-    if not bool(rises.all()):
-        at = int((~rises).nonzero()[0]) + 1
-        row = int(torch.searchsorted(row_ptr, at, right=True)) - 1
-        raise UserError(
-            f"{name}.col must ascend within each row, but does not in row {row} at entry {at}: "
-            "sort it and drop repeated columns"
-        )
-
-
-def _check_support(support: Support, rows: int, params: Parameters) -> Support:
-    """A support whose entries all lie inside."""
-    _check_places("support", support, params)
-    return Support(*(t.contiguous() for t in support))
-
-
-def _check_code(code: SparseCode, params: Parameters) -> SparseCode:
-    """A code whose entries all lie inside."""
-    row_ptr, col, val = code
-    if not val.is_floating_point() or val.shape != col.shape or val.device != col.device:
-        raise UserError(
-            f"code.val must be floating point [{len(col)}] on {col.device}, like code.col, got "
-            f"{val.dtype} {list(val.shape)} on {val.device}"
-        )
-    _check_index("code", code, max(len(row_ptr) - 1, 0), params)
-    _check_places("code", code, params)
-    return SparseCode(
-        row_ptr.contiguous(), col.contiguous(), val.detach().to(params.b_dec.dtype).contiguous()
-    )
+    return "reference" if implementation() == "reference" else "cpu"
 
 
 __all__ = [

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sae_ext.parameters import (
@@ -173,13 +174,16 @@ def step(
     objective: Objective,
     update: Update,
     support: Support | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> StepResult:
-    """One training step in place.
+    """One training step in place, on the rows of all members of a group where there is one.
 
     Gradients, clipping of their norm, projection, Adam, rows of unit length; the projection and the
     lengths only where the objective's `decoder_norm` is "unit".
     """
     gradient, result = gradients(x, params, objective, support)
+    if group is not None:
+        result = _over_all(group, gradient, result, len(x))
     check_finite(params, result.loss)
     grad_norm = clip_gradient(gradient, update)
     if objective.decoder_norm == "unit":
@@ -284,6 +288,25 @@ def autoencode_backward(
         # One for each: what an operator returns must not share memory.
         return grad_x, Parameters(*(x.new_empty(0) for _ in range(4))), x.new_empty(0)
     return grad_x, total, grad_p
+
+
+def _over_all(
+    group: dist.ProcessGroup, gradient: Parameters, result: StepResult, rows: int
+) -> StepResult:
+    """The result over the rows of all members, and their gradient in place."""
+    sums = torch.tensor(
+        [rows * result.loss, *result[1:5], rows], dtype=torch.float64, device=gradient.b_dec.device
+    )
+    for g in gradient.tensors().values():
+        g *= rows
+    for tensor in (sums, result.fired, *gradient.tensors().values()):
+        dist.all_reduce(tensor, group=group)
+    loss, squared_error, l1, nnz, saturated, all_rows = sums.tolist()
+    for g in gradient.tensors().values():
+        g /= all_rows
+    return StepResult(
+        loss / all_rows, squared_error, l1, int(nnz), int(saturated), result.fired, None
+    )
 
 
 def _signed_code(

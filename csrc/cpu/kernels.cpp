@@ -5,7 +5,7 @@
 
 #include "../saek.h"
 #include "rows.h"
-#include "table.h"
+#include "../table.h"
 
 namespace saek {
 namespace SAEK_ISA {
@@ -53,11 +53,7 @@ int compact(const saek_exec& exec, const saek_compact_args& a) {
     row_ptr[b + 1] = count;
   }
   for (int64_t b = 0; b < a.rows; ++b) row_ptr[b + 1] += row_ptr[b];
-  a.out.counters[0] = row_ptr[a.rows];
-  a.out.counters[1] = 0;
-  a.out.counters[2] = a.rows * a.d_sae;
-  a.out.counters[3] = row_ptr[a.rows] > a.out.capacity;
-  if (a.out.counters[3]) return SAEK_OVERFLOW;
+  if (!fits(a.out, row_ptr[a.rows], a.rows * a.d_sae)) return SAEK_OVERFLOW;
 
   int64_t saturated = 0;
 #pragma omp parallel for num_threads(exec.threads) schedule(static) reduction(+ : saturated)
@@ -75,7 +71,7 @@ int compact(const saek_exec& exec, const saek_compact_args& a) {
       }
     }
   }
-  a.out.counters[1] = saturated;
+  a.out.counters[1] += saturated;
   return SAEK_OK;
 }
 
@@ -99,11 +95,7 @@ int gather(const saek_exec& exec, const saek_gather_args& a) {
     row_ptr[b + 1] = count;
   }
   for (int64_t b = 0; b < a.rows; ++b) row_ptr[b + 1] += row_ptr[b];
-  a.out.counters[0] = row_ptr[a.rows];
-  a.out.counters[1] = 0;
-  a.out.counters[2] = a.support_length;
-  a.out.counters[3] = row_ptr[a.rows] > a.out.capacity;
-  if (a.out.counters[3]) return SAEK_OVERFLOW;
+  if (!fits(a.out, row_ptr[a.rows], a.support_length)) return SAEK_OVERFLOW;
 
   int64_t saturated = 0;
 #pragma omp parallel for num_threads(exec.threads) schedule(static) reduction(+ : saturated)
@@ -117,7 +109,7 @@ int gather(const saek_exec& exec, const saek_gather_args& a) {
       val[out++] = over ? -clip : pre[k];
     }
   }
-  a.out.counters[1] = saturated;
+  a.out.counters[1] += saturated;
   return SAEK_OK;
 }
 
@@ -162,16 +154,16 @@ int residual(const saek_exec& exec, const saek_residual_args& a) {
     const int64_t first = a.code.row_ptr[b], n = a.code.row_ptr[b + 1] - first;
     const int32_t* col = a.code.col + first;
     const T* val = of<T>(a.code.val) + first;
-    const T* xc = of<T>(a.xc) + b * d;
+    const T *x = of<T>(a.x) + b * d, *b_dec = of<T>(a.b_dec);
     T* e = of<T>(a.grad) + b * d;
     T* dz = of<T>(a.dz) + first;
 
-    for (int64_t i = 0; i < d; ++i) e[i] = -xc[i];
+    for (int64_t i = 0; i < d; ++i) e[i] = b_dec ? b_dec[i] - x[i] : -x[i];
     add_rows<T, true>(col, val, n, W_dec, d, e);
     const double w_b = weight_at(w, b), s_b = weight_at(s, b);
     const double squared = scale_residual(e, d, static_cast<T>(a.recon_scale * w_b));
     dot_rows(col, n, W_dec, d, e, dz);
-    const T penalty = static_cast<T>(a.l1_scale * s_b);
+    const T penalty = static_cast<T>(*a.l1_scale * s_b);
     double l1 = 0;
     for (int64_t k = 0; k < n; ++k) {
       const T q_j = q ? q[col[k]] : T(1);
@@ -472,11 +464,13 @@ int dense_activate(const saek_exec& exec, const saek_dense_activate_args& a) {
 
 template <class T>
 int dense_residual(const saek_exec& exec, const saek_dense_residual_args& a) {
-  const T *xc = of<T>(a.xc), *w = of<T>(a.recon_weight);
+  const T *w = of<T>(a.recon_weight), *b_dec = of<T>(a.b_dec);
 #pragma omp parallel for num_threads(exec.threads) schedule(static)
   for (int64_t b = 0; b < a.rows; ++b) {
     T* __restrict e = of<T>(a.grad) + b * a.d_in;
-    const T* __restrict x = xc + b * a.d_in;
+    const T* __restrict x = of<T>(a.x) + b * a.d_in;
+    if (b_dec)
+      for (int64_t i = 0; i < a.d_in; ++i) e[i] += b_dec[i];
 #pragma omp simd
     for (int64_t i = 0; i < a.d_in; ++i) e[i] -= x[i];
     a.row_sums[b] = scale_residual(e, a.d_in, static_cast<T>(a.recon_scale * weight_at(w, b)));
@@ -499,7 +493,7 @@ int dense_mask(const saek_exec& exec, const saek_dense_mask_args& a) {
     T sum[kColumns] = {};
     for (int64_t b0 = 0; b0 < a.rows; b0 += kRows) {
       for (int64_t b = b0; b < least(a.rows, b0 + kRows); ++b) {
-        const T penalty = static_cast<T>(a.l1_scale * weight_at(s, b));
+        const T penalty = static_cast<T>(*a.l1_scale * weight_at(s, b));
         T* __restrict dz = of<T>(a.dz) + b * a.d_sae + begin;
         for (int64_t i = 0; i < width; i += 64)
           add_where(dz + i, penalty, q ? q + begin + i : nullptr,

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <math.h>
 
+#include "../saek.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -24,6 +26,14 @@ inline int this_thread() {
 #else
   return 0;
 #endif
+}
+
+// Whether so many entries fit; the counters are told, and how many candidates were looked at.
+inline bool fits(const saek_code_out& out, int64_t needed, int64_t candidates) {
+  out.counters[0] = needed;
+  out.counters[2] += candidates;
+  if (needed > out.capacity) out.counters[3] = SAEK_TOO_SHORT;
+  return needed <= out.capacity;
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -252,14 +262,14 @@ struct AdamScalars {
   T keep, scale, rate, one_minus_beta1, beta2, one_minus_beta2, v_scale, eps;
 
   explicit AdamScalars(const saek_adam& a)
-      : keep(static_cast<T>(1 - a.lr * a.weight_decay)),
+      : keep(static_cast<T>(a.numbers->keep)),
         scale(static_cast<T>(a.grad_scale ? *a.grad_scale : 1.0)),
-        rate(static_cast<T>(a.lr / (1 - ::pow(a.beta1, static_cast<double>(a.step))))),
-        one_minus_beta1(static_cast<T>(1 - a.beta1)),
-        beta2(static_cast<T>(a.beta2)),
-        one_minus_beta2(static_cast<T>(1 - a.beta2)),
-        v_scale(static_cast<T>(1 / ::sqrt(1 - ::pow(a.beta2, static_cast<double>(a.step))))),
-        eps(static_cast<T>(a.eps)) {}
+        rate(static_cast<T>(a.numbers->rate)),
+        one_minus_beta1(static_cast<T>(1 - a.numbers->beta1)),
+        beta2(static_cast<T>(a.numbers->beta2)),
+        one_minus_beta2(static_cast<T>(1 - a.numbers->beta2)),
+        v_scale(static_cast<T>(a.numbers->v_scale)),
+        eps(static_cast<T>(a.numbers->eps)) {}
 };
 
 template <class T>

@@ -14,7 +14,7 @@
 
 #include "../saek.h"
 #include "rows.h"
-#include "table.h"
+#include "../table.h"
 
 namespace saek {
 namespace SAEK_ISA {
@@ -305,10 +305,11 @@ int screen(const saek_exec& exec, const saek_screen_args& a) {
     sampled += mask_block(a, plan, shared, shared.mine(plan), i * plan.blocks / sample_blocks, sample_tiles);
   const double looked_at = static_cast<double>(least(a.rows, sample_tiles * kTile)) *
                            static_cast<double>(least(a.d_sae, sample_blocks * plan.features));
-  a.out.counters[0] = a.out.row_ptr[0];
-  a.out.counters[1] = a.out.counters[3] = 0;
-  a.out.counters[2] = sampled;
-  if (static_cast<double>(sampled) > a.limit * looked_at) return SAEK_TOO_DENSE;
+  if (static_cast<double>(sampled) > a.limit * looked_at) {
+    a.out.counters[0] = a.out.row_ptr[0];
+    a.out.counters[2] += sampled;
+    return SAEK_TOO_DENSE;
+  }
 
   int64_t listed = 0, found = 0, saturated = 0;
 #pragma omp parallel for num_threads(exec.threads) schedule(dynamic, 1) reduction(+ : found, saturated)
@@ -336,11 +337,8 @@ int screen(const saek_exec& exec, const saek_screen_args& a) {
     for (int64_t b = 0; b < a.rows; ++b) row_ptr[b + 1] += begin[b + 1] - begin[b];
   }
   for (int64_t b = 0; b < a.rows; ++b) row_ptr[b + 1] += row_ptr[b];
-  a.out.counters[0] = row_ptr[a.rows];
-  a.out.counters[1] = saturated;
-  a.out.counters[2] = found;
-  a.out.counters[3] = row_ptr[a.rows] > a.out.capacity;
-  if (a.out.counters[3]) return SAEK_OVERFLOW;
+  if (!fits(a.out, row_ptr[a.rows], found)) return SAEK_OVERFLOW;
+  a.out.counters[1] += saturated;
 
   float* val = static_cast<float*>(a.out.val);
 #pragma omp parallel for num_threads(exec.threads) schedule(static)

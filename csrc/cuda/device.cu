@@ -1,10 +1,8 @@
 // What the CUDA runtime sees: devices, versions. A machine without a driver is an ordinary answer.
 
-#include <cuda_runtime_api.h>
-
 #include <cstring>
 
-#include "../saek.h"
+#include "common.cuh"
 
 extern "C" {
 
@@ -37,5 +35,7 @@ int saek_cuda_describe(int device, saek_cuda_device* out) {
   out->memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   return SAEK_OK;
 }
+
+const char* saek_cuda_error(void) { return cudaGetErrorString(saek::cuda::last_error); }
 
 }  // extern "C"

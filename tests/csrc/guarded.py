@@ -1,4 +1,4 @@
-"""Poisoned arrays between guard zones, and calls of the compiled kernels on them."""
+"""Poisoned arrays between guard zones, and how arguments that hold them are named."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sae_ext import _C
-
 GUARD = 13
-"""Elements on either side: odd, so that no array starts where registers would like it to."""
+"""Elements on either side. The sanitizers' tests have none, for zones of their own."""
 POISON = {
     torch.float32: math.nan,
     torch.float64: math.nan,
+    torch.bfloat16: math.nan,
     torch.int32: -77,
     torch.int64: -77,
     torch.uint8: 177,
 }
-DTYPES = {torch.float32: _C.FLOAT32, torch.float64: _C.FLOAT64}
 
-Role = Literal["out", "changed", "summed", "scratch"]
+Role = Literal["out", "changed", "scratch"]
 
 
 class Guarded:
     """Memory a kernel writes: poisoned, or holding what the kernel reads first.
 
-    "out": every element is written. "changed": the same, over numbers that all change.
-    "summed": added to. "scratch": its contents are nobody's business afterwards.
+    "out": every element is written. "changed": its numbers are replaced or added to.
+    "scratch": its contents are nobody's business afterwards.
+    It starts at a multiple of `align` bytes, or by default where registers would not like it to.
     """
 
     def __init__(
@@ -37,34 +36,36 @@ class Guarded:
     ) -> None:
         size = math.prod(shape)
         self.role = role
-        self.flat = torch.full((size + 2 * GUARD + align,), POISON[dtype], dtype=dtype)
-        start = GUARD + -(self.flat.data_ptr() + GUARD * self.flat.itemsize) % align
-        self.zones = self.flat[:start], self.flat[start + size :]
-        self.inside = self.flat[start : start + size].view(shape)
-        self.before: Tensor | None = None
+        # Tensors start at multiples of 64 bytes, and no room is left over behind the last zone.
+        step = align // dtype.itemsize
+        self.start = GUARD | 1 if align == 1 else -(-GUARD // step) * step
+        self.flat = torch.full((self.start + size + GUARD,), POISON[dtype], dtype=dtype)
+        self.zones = self.flat[: self.start], self.flat[self.start + size :]
+        self.inside = self.flat[self.start : self.start + size].view(shape)
+        self.remember()
 
     @classmethod
-    def holding(cls, values: Tensor, role: Role = "changed") -> Guarded:
+    def holding(cls, values: Tensor, role: Role = "changed", align: int = 1) -> Guarded:
         """A copy of these values, to be changed in place."""
-        array = cls(tuple(values.shape), values.dtype, role)
+        array = cls(tuple(values.shape), values.dtype, role, align)
         array.inside.copy_(values)
-        array.before = values.clone()
+        array.remember()
         return array
 
-    def pointer(self) -> int:
-        return self.inside.data_ptr()
+    def remember(self) -> None:
+        """What is here now is what `before` and `untouched` are about."""
+        self.before = self.flat.clone()
+
+    def held(self) -> Tensor:
+        """What the array held before the call."""
+        return self.before[self.start : self.start + self.inside.numel()].view(self.inside.shape)
 
     def untouched(self) -> bool:
         """Nothing has been written, neither inside nor beside."""
-        self.checked()
-        if self.before is not None:
-            return torch.equal(self.inside, self.before)
-        return bool(_poisoned(self.inside).all())
+        return torch.equal(self.flat.view(torch.uint8), self.before.view(torch.uint8))
 
     def unwritten(self) -> Tensor:
-        """True at the elements that a kernel should have written and did not."""
-        if self.before is not None:
-            return self.inside == self.before
+        """True at the elements that still are poison."""
         return _poisoned(self.inside)
 
     def checked(self) -> Tensor:
@@ -80,36 +81,34 @@ def _poisoned(values: Tensor) -> Tensor:
 
 def arrays(arguments: Any, path: str = "") -> Iterator[tuple[str, Guarded]]:
     """The guarded arrays among a call's arguments, by name; "out.1" is the second of a tuple."""
-    if isinstance(arguments, Guarded):
-        yield path, arguments
-    elif isinstance(arguments, dict):
+    for name, value in leaves(arguments, path):
+        if isinstance(value, Guarded):
+            yield name, value
+
+
+def leaves(arguments: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a call's arguments by name."""
+    if isinstance(arguments, dict):
         for name, value in arguments.items():
-            yield from arrays(value, name)
+            yield from leaves(value, name)
     elif isinstance(arguments, tuple):
         for i, value in enumerate(arguments):
-            yield from arrays(value, f"{path}.{i}")
+            yield from leaves(value, f"{path}.{i}")
+    else:
+        yield path, arguments
 
 
-def raw(argument: Any) -> Any:
-    """As the compiled module takes it: pointers, 0 for None."""
-    if isinstance(argument, dict):
-        return {name: raw(value) for name, value in argument.items()}
-    if isinstance(argument, tuple):
-        return tuple(raw(value) for value in argument)
-    if isinstance(argument, Guarded):
-        return argument.pointer()
-    if isinstance(argument, Tensor):
-        assert argument.is_contiguous()
-        return argument.data_ptr()
-    return 0 if argument is None else argument
+def replaced(arguments: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The same arguments but for one."""
+    name, *places = path.split(".")
 
+    def inner(old: Any, rest: list[str]) -> Any:
+        if not rest:
+            return value
+        at = int(rest[0])
+        return (*old[:at], inner(old[at], rest[1:]), *old[at + 1 :])
 
-def call(kernel: str, arguments: dict[str, Any]) -> int | None:
-    """Call a kernel, then look at all guard zones; returns its code where it has one."""
-    code: int | None = getattr(_C, kernel)(**raw(arguments))
-    for _, array in arrays(arguments):
-        array.checked()
-    return code
+    return {**arguments, name: inner(arguments[name], places)}
 
 
 def results(arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -121,14 +120,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def code_out(rows: int, capacity: int, dtype: torch.dtype, first: int = 0) -> tuple[Any, ...]:
+def code_out(
+    rows: int, capacity: int, dtype: torch.dtype, first: int = 0, align: int = 1
+) -> tuple[Any, ...]:
     """Where a kernel lists entries: row_ptr, col, val, capacity, counters."""
     row_ptr = Guarded((rows + 1,), torch.int64)
     row_ptr.inside[0] = first
     return (
         row_ptr,
-        Guarded((capacity,), torch.int32),
-        Guarded((capacity,), dtype),
+        Guarded((capacity,), torch.int32, align=align),
+        Guarded((capacity,), dtype, align=align),
         capacity,
-        Guarded((4,), torch.int64),
+        Guarded.holding(torch.zeros(4, dtype=torch.int64)),
     )

@@ -1,8 +1,10 @@
-"""What the build does where a compiler is missing or CUDA is not wanted (configure only)."""
+"""What the build does where a compiler is missing or CUDA is not wanted (configure only), and what nvcc
+makes of the kernels."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     which("cmake") is None or which("ninja") is None, reason="cmake and ninja are needed"
 )
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 needs_compiler = pytest.mark.skipif(which("c++") is None, reason="no C++ compiler")
 
 
@@ -100,3 +103,24 @@ def test_an_unknown_cuda_mode_is_refused(tmp_path):
     done = configure(tmp_path / "build", "-DSAEK_CUDA=MAYBE")
     assert done.returncode != 0
     assert "SAEK_CUDA must be AUTO, ON or OFF, got 'MAYBE'" in done.stderr
+
+
+@pytest.mark.skipif(which("nvcc") is None, reason="nvcc is needed")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_every_cuda_kernel_compiles_and_keeps_to_its_registers(source, tmp_path):
+    architectures = ("80", "90")
+    done = subprocess.run(
+        [
+            "nvcc", "-std=c++17", "-Xptxas", "-v",
+            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
+            "-c", source, "-o", tmp_path / "kernels.o",
+        ],
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    for a in architectures:
+        kernels = len(re.findall(rf"Compiling entry function .* for 'sm_{a}'", done.stderr))
+        assert (kernels > 0) == ("__global__" in source.read_text())
+        assert len(spills) == kernels * len(architectures)
+    assert set(spills) <= {("0", "0")}, done.stderr

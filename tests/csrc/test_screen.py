@@ -14,7 +14,8 @@ from torch import Tensor
 
 _C = pytest.importorskip("sae_ext._C", reason="the kernels are not built")
 
-from guarded import Guarded, arrays, call, code_out, random  # noqa: E402
+from guarded import Guarded, arrays, code_out, random  # noqa: E402
+from implementations import CPU  # noqa: E402
 
 screens = pytest.mark.skipif(
     _C.isa() != "avx512vnni", reason=f"{_C.isa()} has no screen: it needs avx512vnni"
@@ -29,13 +30,14 @@ def gathered(x: Tensor, W_enc: Tensor, b_enc: Tensor, clip: float = math.inf) ->
     rows, d_in, d_sae = *x.shape, len(W_enc)
     n = rows * d_sae
     out = code_out(rows, n, torch.float32)
-    call(
+    CPU.call(
         "gather",
         {
-            "exec": (_C.FLOAT32, 1), "support_ptr": torch.arange(rows + 1) * d_sae,
+            "exec": CPU.exec(torch.float32, 1), "support_ptr": torch.arange(rows + 1) * d_sae,
             "support_col": torch.arange(d_sae, dtype=torch.int32).repeat(rows), "xc": x,
             "W_enc": W_enc, "b_enc": b_enc, "clip": clip, "rows": rows, "d_in": d_in,
-            "support_length": n, "scratch": Guarded((n,), torch.float32, "scratch"), "out": out,
+            "support_length": n, "scratch": Guarded((n,), torch.float32, "scratch"),
+            "counts": None, "out": out,
         },
     )  # fmt: skip
     row_ptr, col, val, _, counters = out
@@ -52,8 +54,8 @@ def prepared(
     capacity = first + rows * d_sae if capacity is None else capacity
     needed = _C.screen_scratch(rows=rows, d_in=d_in, d_sae=d_sae, threads=threads)
     return {
-        "exec": (_C.FLOAT32, threads), "xc": x, "W_enc": W_enc, "b_enc": b_enc, "clip": clip,
-        "rows": rows, "d_in": d_in, "d_sae": d_sae, "limit": limit,
+        "exec": CPU.exec(torch.float32, threads), "xc": x, "W_enc": W_enc, "b_enc": b_enc,
+        "clip": clip, "rows": rows, "d_in": d_in, "d_sae": d_sae, "limit": limit,
         "scratch": Guarded((needed,), torch.uint8, "scratch", align=64),
         "list_col": Guarded((capacity,), torch.int32, "scratch"),
         "list_val": Guarded((capacity,), torch.float32, "scratch"),
@@ -67,7 +69,7 @@ def assert_lists_what_float_lists(
     """Screen, and compare with the float path bit by bit; returns the number of candidates."""
     row_ptr, col, val, saturated = gathered(x, W_enc, b_enc, clip)
     arguments = prepared(x, W_enc, b_enc, clip=clip, capacity=len(col))
-    assert call("screen", arguments) == _C.OK
+    assert CPU.call("screen", arguments) == _C.OK
     seen_ptr, seen_col, seen_val, _, counters = arguments["out"]
     assert torch.equal(seen_ptr.inside, row_ptr)
     assert torch.equal(seen_col.inside, col)
@@ -315,7 +317,7 @@ def test_the_screen_is_bitwise_equal_for_any_number_of_threads_and_run_to_run(ro
     seen = []
     for threads in (1, 2, 3, 4, 64, 64):
         arguments = prepared(*numbers, clip=200.0, threads=threads)
-        call("screen", arguments)
+        CPU.call("screen", arguments)
         nnz = int(arguments["out"][4].inside[0])
         seen.append(
             [
@@ -334,13 +336,13 @@ def test_too_many_candidates_are_reported_and_nothing_is_listed(rows):
     xc, W_enc = gaussian(rows, 64, 0), gaussian(200, 64, 1)
     numbers = xc, W_enc, torch.zeros(200)
     arguments = prepared(*numbers)
-    call("screen", arguments)
+    CPU.call("screen", arguments)
     share = int(arguments["out"][4].inside[2]) / (rows * 200)
     assert 0.5 < share < 0.7
     arguments = prepared(*numbers, limit=share + 0.05)
-    assert call("screen", arguments) == _C.OK
+    assert CPU.call("screen", arguments) == _C.OK
     arguments = prepared(*numbers, limit=share - 0.05)
-    assert call("screen", arguments) == _C.TOO_DENSE
+    assert CPU.call("screen", arguments) == _C.TOO_DENSE
     row_ptr, col, val, _, counters = arguments["out"]
     assert counters.inside[[0, 1, 3]].tolist() == [0, 0, 0]
     sampled = 200 * min(rows, SAMPLED_ROWS)
@@ -358,7 +360,9 @@ def test_the_sample_of_rows_is_spread_over_the_batch(place):
     x = torch.full((rows, 8), -1.0)
     x[start : None if place == "spread" else start + busy : 5 if place == "spread" else 1] = 1.0
     for limit, code in ((0.18, _C.TOO_DENSE), (0.22, _C.OK)):
-        assert call("screen", prepared(x, torch.ones(64, 8), torch.zeros(64), limit=limit)) == code
+        assert (
+            CPU.call("screen", prepared(x, torch.ones(64, 8), torch.zeros(64), limit=limit)) == code
+        )
 
 
 @screens
@@ -366,9 +370,9 @@ def test_the_limit_is_a_share_of_the_entries():
     xc, W_enc, bias = gaussian(6, 64, 0), gaussian(100, 64, 1), torch.full((100,), -math.inf)
     bias[:25] = math.inf
     for limit, code in ((0.24, _C.TOO_DENSE), (0.25, _C.OK), (0.0, _C.TOO_DENSE)):
-        assert call("screen", prepared(xc, W_enc, bias, limit=limit)) == code
+        assert CPU.call("screen", prepared(xc, W_enc, bias, limit=limit)) == code
     bias[:] = -math.inf
-    assert call("screen", prepared(xc, W_enc, bias, limit=0.0)) == _C.OK
+    assert CPU.call("screen", prepared(xc, W_enc, bias, limit=0.0)) == _C.OK
 
 
 @screens
@@ -383,12 +387,12 @@ def test_too_short_arrays_are_reported_and_left_alone(first, threads):
         arguments = prepared(
             *numbers, clip=200.0, capacity=first + nnz - missing, first=first, threads=threads
         )
-        assert call("screen", arguments) == _C.OVERFLOW
+        assert CPU.call("screen", arguments) == _C.OVERFLOW
         assert arguments["out"][1].untouched()
         assert arguments["out"][2].untouched()
-        assert arguments["out"][4].inside[[0, 1, 3]].tolist() == [first + nnz, saturated, 1]
+        assert arguments["out"][4].inside[[0, 1, 3]].tolist() == [first + nnz, 0, 1]
     arguments = prepared(*numbers, clip=200.0, capacity=first + nnz, first=first, threads=threads)
-    assert call("screen", arguments) == _C.OK
+    assert CPU.call("screen", arguments) == _C.OK
     row_ptr, seen_col, seen_val, _, counters = (
         a if isinstance(a, int) else a.inside for a in arguments["out"]
     )
@@ -404,9 +408,19 @@ def test_too_short_arrays_are_reported_and_left_alone(first, threads):
 def test_nothing_active_needs_no_arrays_at_all():
     xc, W_enc, _ = a_batch()
     arguments = prepared(xc, W_enc, torch.full((1000,), -1e9), capacity=0)
-    assert call("screen", arguments) == _C.OK
+    assert CPU.call("screen", arguments) == _C.OK
     assert arguments["out"][0].inside.tolist() == [0] * 14
     assert arguments["out"][4].inside.tolist() == [0] * 4
+
+
+@screens
+def test_the_counters_go_on_from_call_to_call():
+    arguments = prepared(*a_batch(), clip=200.0)
+    CPU.call("screen", arguments)
+    once = arguments["out"][4].inside.clone()
+    assert 0 < once[1] < once[0] < once[2]
+    CPU.call("screen", arguments)
+    assert arguments["out"][4].inside.tolist() == [once[0], 2 * once[1], 2 * once[2], 0]
 
 
 @pytest.mark.parametrize(
@@ -416,17 +430,18 @@ def test_nothing_active_needs_no_arrays_at_all():
         *({name: n} for name in ("rows", "d_in", "d_sae") for n in (0, -1)),
         *({name: 2**31} for name in ("rows", "d_sae")),
         *({"clip": n} for n in (0.0, -1.0, math.nan)),
-        {"exec": (2, 1)},
-        {"exec": (_C.FLOAT32, 0)},
+        {"exec": (2, *CPU.exec(torch.float32)[1:])},
+        {"exec": (_C.CPU, 3, *CPU.exec(torch.float32)[2:])},
+        {"exec": CPU.exec(torch.float32, 0)},
     ],
     ids=str,
 )
 def test_null_pointers_and_impossible_sizes_are_refused(change):
     arguments = {**prepared(*a_batch(5, 17, 65)), **change}
     with pytest.raises(ValueError, match="screen: a pointer is null or a size"):
-        call("screen", arguments)
+        CPU.call("screen", arguments)
     for name, array in arrays(arguments):
-        assert name == "out.0" or array.untouched()
+        assert array.untouched(), name
 
 
 @screens
@@ -434,7 +449,9 @@ def test_null_pointers_and_impossible_sizes_are_refused(change):
 def test_scratch_that_does_not_start_at_a_cache_line_is_refused(offset):
     arguments = prepared(*a_batch(5, 17, 65))
     with pytest.raises(ValueError, match="screen: a pointer is null or a size"):
-        call("screen", {**arguments, "scratch": arguments["scratch"].inside.data_ptr() + offset})
+        CPU.call(
+            "screen", {**arguments, "scratch": arguments["scratch"].inside.data_ptr() + offset}
+        )
 
 
 @screens
@@ -451,12 +468,16 @@ def test_a_missing_place_for_the_code_is_refused(place):
     arguments = prepared(*a_batch(5, 17, 65))
     out = arguments["out"]
     with pytest.raises(ValueError, match="screen: a pointer is null or a size"):
-        call("screen", {**arguments, "out": (*out[:place], None, *out[place + 1 :])})
+        CPU.call("screen", {**arguments, "out": (*out[:place], None, *out[place + 1 :])})
 
 
 def test_what_the_screen_is_not_offered_for_is_said_without_a_look_at_the_numbers():
     arguments = prepared(*a_batch(5, 17, 65))
-    assert call("screen", {**arguments, "exec": (_C.FLOAT64, 1)}) == _C.UNSUPPORTED
-    assert call("screen", {**arguments, "d_in": 65_537}) == _C.UNSUPPORTED
-    offered = call("screen", arguments)
+    execs = [CPU.exec(torch.float64), CPU.exec(torch.bfloat16)]
+    if _C.cuda()["built"]:
+        execs.append((_C.CUDA, *CPU.exec(torch.float32)[1:]))
+    for exec in execs:
+        assert CPU.call("screen", {**arguments, "exec": exec}) == _C.UNSUPPORTED
+    assert CPU.call("screen", {**arguments, "d_in": 65_537}) == _C.UNSUPPORTED
+    offered = CPU.call("screen", arguments)
     assert offered == (_C.OK if _C.isa() == "avx512vnni" else _C.UNSUPPORTED)

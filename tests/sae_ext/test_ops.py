@@ -25,7 +25,7 @@ from made_up_weights import (
 )
 from torch import Tensor
 
-from sae_ext import native, ops, reference
+from sae_ext import coding, native, ops, reference, step_cpu
 from sae_ext.ops import AdamState, Parameters, SparseCode, Step
 from sae_ext.parameters import Objective, StepResult, Update
 
@@ -63,7 +63,7 @@ def way_of(step: Step) -> str:
 
 @pytest.fixture
 def go(monkeypatch) -> Callable[..., None]:
-    """Sets the constants of `native`: `go("dense", small=True)` for one way in many chunks of rows."""
+    """Sets the kernels' constants: `go("dense", small=True)` for one way in many chunks of rows."""
 
     def choose(way: str | None = None, *, small: bool = False, **values: Any) -> None:
         for name, value in {
@@ -71,7 +71,7 @@ def go(monkeypatch) -> Callable[..., None]:
             **(SMALL if small else {}),
             **values,
         }.items():
-            monkeypatch.setattr(native, name, value)
+            monkeypatch.setattr(coding if hasattr(coding, name) else step_cpu, name, value)
 
     return choose
 
@@ -341,7 +341,7 @@ def test_a_step_that_turns_out_dense_leaves_no_room_for_its_entries(dtype):
     assert way_of(step) == "dense"
     assert seen.nnz > 500 * 150
     for name in ("col", "val", "list_col", "list_val"):
-        assert step._spaces.always.room(name) <= 500 * native._FIRST_L0, name
+        assert step._spaces.always.room(name) <= 500 * coding._FIRST_L0, name
 
 
 @compiled
@@ -375,7 +375,7 @@ def test_arrays_one_entry_too_short_are_grown_and_nothing_is_lost(go, way):
         space = native.Workspace()
         space.get("col", torch.int32, nnz - 1 + spare)
         space.get("val", torch.float32, nnz - 1 + spare)
-        code = native.encode(space, x.float() - params.b_dec, params, None).code
+        code = coding.encode(space, x.float() - params.b_dec, params, None).code
         assert torch.equal(code.row_ptr, whole.row_ptr)
         assert torch.equal(code.col, whole.col)
         assert torch.equal(code.val, whole.val)

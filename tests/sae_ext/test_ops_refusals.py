@@ -423,7 +423,7 @@ def test_a_parameter_that_is_not_finite_is_named_and_nothing_moves(backend, name
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(UserError, match="backend must be auto, cpu or reference, got 'gpu'"):
+    with pytest.raises(UserError, match="backend must be auto, cpu, cuda or reference, got 'gpu'"):
         Step("gpu")  # type: ignore[arg-type]
 
 

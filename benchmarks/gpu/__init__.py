@@ -1,0 +1,1 @@
+"""What the kernels are worth on a GPU: against dense PyTorch, and against what the device itself allows."""
