@@ -195,7 +195,7 @@ def check_places(name: str, index: Support | SparseCode, params: Parameters) -> 
         )
 
 
-def check_support(support: Support, rows: int, params: Parameters) -> Support:
+def check_support(support: Support, params: Parameters) -> Support:
     """A support whose entries all lie inside."""
     check_places("support", support, params)
     return Support(*(t.contiguous() for t in support))

@@ -61,6 +61,8 @@ def cuda_missing(device: torch.device | None = None) -> str | None:
         )
     if not cuda["devices"]:
         return str(cuda["reason"])
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use the GPU: install a build of it for CUDA"
     found = cuda["devices"][(device.index or 0) if device is not None else 0]
     if tuple(int(n) for n in found["capability"].split(".")) < CAPABILITY:
         return (

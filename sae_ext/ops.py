@@ -181,7 +181,7 @@ def _autoencode(
     params = Parameters(*(t.contiguous() for t in (W_enc_rows, b_enc, W_dec, b_dec)))
     x, support = x.contiguous(), None
     if support_ptr is not None and support_col is not None:
-        support = arguments.check_support(Support(support_ptr, support_col), len(x), params)
+        support = arguments.check_support(Support(support_ptr, support_col), params)
     if feature_weight is not None:
         feature_weight = feature_weight.contiguous()
     compute = reference if _choose("auto", x) == "reference" else coding
@@ -296,12 +296,17 @@ torch.library.register_autograd(
 )
 
 
+_FRESH = {"sparse": False, "densities": []}
+"""The state of a Step on a GPU before its first step."""
+
+
 class Step:
     """One fused training step; keeps its workspaces between calls, so hold on to one instance.
 
     Threads follow `torch.get_num_threads()`. Not to be called from two threads at once.
 
-    On a GPU a call queues the step and returns; what it returns waits for the step when first looked at.
+    On a GPU a call queues the step and returns; what it returns has the fields of a `StepResult` (but is no
+    tuple) and waits for the step when one is first looked at. With a `group` each call waits itself.
     Now and then a step finds its arrays too short; then it, and steps queued after it, change nothing at
     first and are done again later. So the parameters are only those after the last step once its result
     was looked at, or `wait` was called: do that before you save or change them, or hand them to another
@@ -312,7 +317,9 @@ class Step:
             and "cuda" insist on them; "reference" is plain PyTorch.
         precision: of matrix products and gathers on a GPU; weights, moments and sums keep the
             parameters' own. "float32" is true float32; "tf32" rounds what goes into products;
-            "bfloat16" rounds that and what is gathered, and keeps a copy of the weights so.
+            "bfloat16" rounds that and what is gathered, and keeps a copy of the weights so (which does
+            not notice writes through `.data`: change weights in place by other means). While a step is
+            queued, torch's own setting for float32 products is changed, in all threads.
         capture: on a GPU, record the step as a CUDA graph and replay it: for small steps, whose kernels
             take less time than queueing them.
     """
@@ -338,7 +345,7 @@ class Step:
         self._backend, self._precision, self._capture = backend, precision, capture
         self._spaces = native.Spaces()
         self._queue: step_cuda.Queue | None = None
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Any] = {}
 
     @torch.no_grad()
     def __call__(
@@ -452,14 +459,22 @@ class Step:
             self._queue.wait()
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must `restore` to go on bitwise as this one would; empty on the CPU."""
-        return {} if self._queue is None else self._queue.state()
+        """What a resumed run must `restore` to go on bitwise as this one would.
+
+        On a GPU `sparse`, which way the last step went, and `densities`, shares of active entries in
+        the last two steps; waits for all steps queued. Empty on the CPU, where nothing is needed.
+        """
+        return dict(self._restored) if self._queue is None else self._queue.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken."""
-        self._restored = state or None
-        if self._queue is not None and state:
-            self._queue.restore(state)
+        """Go on from where `state` was taken; raises `UserError` for anything else."""
+        if state and state.keys() != {"sparse", "densities"}:
+            raise UserError(
+                f"a Step's state holds 'sparse' and 'densities', got {sorted(state)}: pass what state() returned"
+            )
+        self._restored = dict(state)
+        if self._queue is not None:
+            self._queue.restore(state or _FRESH)
 
     def _queued(
         self,
@@ -482,8 +497,8 @@ class Step:
             self._queue = None
         if self._queue is None:
             self._queue = step_cuda.Queue(x.device, self._precision, capture=self._capture)
-            if self._restored is not None:
-                self._queue.restore(self._restored)
+            self._queue.restore(self._restored or _FRESH)
+            self._restored = {}
         queued = self._queue.step(params, adam, x, objective, update, support, group, check)
         return cast(StepResult, queued)
 

@@ -55,7 +55,7 @@ def step(
     space, run = spaces.always, Run.on(x)
     # The members of a group add up sums over rows; only together do they know what to divide by.
     batch = len(x) if group is None else 1
-    l1_scale = torch.tensor([objective.l1 / batch], dtype=torch.float64)
+    l1_scale = torch.tensor([objective.l1 / batch], dtype=torch.float64, device=x.device)
     xc = torch.sub(x, params.b_dec, out=space.get("xc", x.dtype, *x.shape))
     lengths = None
     price = objective.feature_weight
@@ -103,7 +103,7 @@ def _sparse(
     l1_scale: Tensor,
 ) -> tuple[_Seen, Gradient]:
     """Loss and gradients through the listed entries."""
-    sums = torch.empty(5, dtype=torch.float64)
+    sums = torch.empty(5, dtype=torch.float64, device=run.device)
     sums[4] = len(xc)
     grad, dz = native.residual(
         run, space, listed.code, params.W_dec, xc, None, objective, price, batch, l1_scale, sums
@@ -111,7 +111,8 @@ def _sparse(
     entries, grad_b_enc, z_sum = native.transpose(
         run, space, listed.code, dz, objective.l1_weight, len(params.b_enc)
     )
-    seen = _Seen(sums, torch.tensor([listed.saturated]), entries.feature_ptr.diff())
+    saturated = torch.tensor([listed.saturated], device=run.device)
+    seen = _Seen(sums, saturated, entries.feature_ptr.diff())
     return seen, Gradient(xc, grad, grad_b_enc, z_sum, entries)
 
 
@@ -137,8 +138,9 @@ def _dense(
     sizes = [_total(row if price is None else row * price) for row in total.z_sum]
     squared_error, weighted_error = total.errors.tolist()
     sums = torch.tensor(
-        [squared_error, sizes[0], weighted_error, sizes[1], len(xc)], dtype=torch.float64
-    )
+        [squared_error, sizes[0], weighted_error, sizes[1], len(xc)], dtype=torch.float64,
+        device=run.device,
+    )  # fmt: skip
     gradient = Gradient(
         xc, grad, total.grad_b_enc.to(dtype), total.z_sum[1].to(dtype),
         dW_enc=total.dW_enc, dW_dec=total.dW_dec,
@@ -168,9 +170,9 @@ def _update(
         limited = update.max_grad_norm / (norm + 1e-6)
         share *= 1.0 if limited >= 1 else limited
     adam.step += 1
-    f64 = torch.float64
-    numbers = torch.tensor(native.adam_numbers(update, adam.step), dtype=f64)
-    scale = None if share == 1 else torch.tensor([share], dtype=f64)
+    f64, device = torch.float64, run.device
+    numbers = torch.tensor(native.adam_numbers(update, adam.step), dtype=f64, device=device)
+    scale = None if share == 1 else torch.tensor([share], dtype=f64, device=device)
     native.move(run, space, params, adam, gradient, b_dec, numbers, scale, unit_norm=unit_norm)
     return norm
 

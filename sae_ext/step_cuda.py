@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae_ext import native
+from sae_ext.errors import UserError
 from sae_ext.native import Gradient, Run, Spaces, at
 from sae_ext.parameters import (
     AdamState,
@@ -102,8 +103,8 @@ class _Slot:
             self.event.synchronize()
 
 
-# What a step tells Python, in one piece of memory: four counters, five sums, the gradients' norm.
-_RECORD = 10 * 8
+# What a step tells Python, in one piece of memory: four counters, two totals, five sums, the gradients' norm.
+_RECORD = 12 * 8
 _WRONG_ARGUMENT = 3
 """Why steps have been stopped, beside _C.TOO_SHORT and _C.NOT_FINITE."""
 
@@ -115,9 +116,11 @@ class _Record:
         self.raw = raw
         self.counters = raw[:32].view(torch.int64)
         """Entries; of these above the clip; candidates; why a step has been stopped, 0 where none has."""
-        self.sums = raw[32:72].view(torch.float64)
-        """Σ_b ‖e_b‖², Σ_b Σ_j p_j n_j z_bj, these with the rows' weights, rows."""
-        self.norm = raw[72:].view(torch.float64)
+        self.totals = raw[32:48].view(torch.int64)
+        """The first two, of all members of a group."""
+        self.sums = raw[48:88].view(torch.float64)
+        """Σ_b ‖e_b‖², Σ_b Σ_j p_j n_j z_bj, these with the rows' weights, rows; of all members."""
+        self.norm = raw[88:].view(torch.float64)
 
 
 class CudaStepResult:
@@ -189,9 +192,14 @@ class Queue:
             assert own_x is not None
             job = _Job(
                 params, adam, own_x, objective, update, support, adam.step + 1,
-                self._takes_entries(params, x, support), self._slots[self._turn], group, check,
+                support is not None or self._takes_entries(params, x, group),
+                self._slots[self._turn], group, check,
             )  # fmt: skip
-            self._enqueue(job)
+            try:
+                self._enqueue(job)
+            except Exception:
+                self._recover()
+                raise
             adam.step += 1
             self._turn = (self._turn + 1) % _DEPTH
             self._jobs.append(job)
@@ -254,15 +262,20 @@ class Queue:
         space = self._spaces.always
         return space.get(f"{name} {self._turn}", tensor.dtype, *tensor.shape).copy_(tensor)
 
-    def _takes_entries(self, params: Parameters, x: Tensor, support: Support | None) -> bool:
+    def _takes_entries(
+        self, params: Parameters, x: Tensor, group: dist.ProcessGroup | None
+    ) -> bool:
         """Whether the next step lists entries; what is looked at is the same whenever results are read."""
-        if support is not None:
-            return True
-        if not self._densities:  # the first step: the one time that Python waits
+        if len(self._densities) < _DEPTH:  # the first step: the one time that Python waits
             some = x[:: -(-len(x) // _PROBE_ROWS)] - params.b_dec
             active = torch.addmm(params.b_enc, some, params.W_enc) > 0
-            self._densities.extend([int(active.sum()) / active.numel()] * _DEPTH)
-        back = _DEPTH - len(self._jobs)  # the step _DEPTH before the next, known by now in any case
+            counts = torch.stack([active.sum(), torch.ones_like(active, dtype=torch.int64).sum()])
+            if group is not None:
+                dist.all_reduce(counts, group=group)
+            fired, all_of_them = counts.tolist()
+            self._densities.extend([fired / all_of_them] * _DEPTH)
+        pending = sum(job.support is None for job in self._jobs)
+        back = _DEPTH - pending  # the step _DEPTH before the next, known by now in any case
         limit = (_DENSE_ABOVE if self._sparse else _SPARSE_BELOW)[self._precision]
         self._sparse = self._densities[-back] < limit
         return self._sparse
@@ -317,43 +330,56 @@ class Queue:
         seen = _Record(job.slot.record)
         if int(seen.counters[3]):
             self._record.counters.zero_()
+            queued = 0
             try:
                 self._make_good(job, seen)
                 for again in self._jobs:
                     self._enqueue(again)
+                    queued += 1
             except Exception:
-                for given_up in reversed(self._jobs):
+                while len(self._jobs) > queued:
+                    given_up = self._jobs.pop()
                     given_up.adam.step = given_up.step - 1
-                self._jobs.clear()
+                self._recover()
                 raise
             return
         self._jobs.popleft()
-        entries, saturated = seen.counters[:2].tolist()
+        entries, saturated = seen.totals.tolist()
         squared_error, l1, weighted_error, weighted_l1, rows = seen.sums.tolist()
         loss = (weighted_error + job.objective.l1 * weighted_l1) / rows
         norm = None if job.update.max_grad_norm is None else float(seen.norm)
         assert job.fired is not None
         job.result = StepResult(loss, squared_error, l1, entries, saturated, job.fired, norm)
-        density = entries / (rows * len(job.params.b_enc))
-        self._densities.append(density)
-        if density < _DENSE_ABOVE[self._precision]:
-            own = entries * len(job.x) / rows
-            if _NEAR * own > self._capacity:
-                self._capacity = math.ceil(_ROOM * own)
+        if job.support is None:
+            density = entries / (rows * len(job.params.b_enc))
+            self._densities.append(density)
+            own = int(seen.counters[0])
+            if density < _DENSE_ABOVE[self._precision] and _NEAR * own > self._capacity:
+                self._capacity = min(math.ceil(_ROOM * own), len(job.x) * len(job.params.b_enc))
+        job.support = None  # a result may be kept for long
+
+    def _recover(self) -> None:
+        """After a step that could not be queued: those before it end, then what it left of a flag goes."""
+        while self._jobs:
+            self._settle()
+        self._record.counters.zero_()
 
     def _make_good(self, job: _Job, seen: _Record) -> None:
         """Remove what stopped a step; raises `Diverged` or `UserError` where that cannot be done."""
         entries, _, candidates, reason = seen.counters.tolist()
-        if reason == _C.TOO_SHORT:
-            # Counted up to the rows that did not fit; the rest may be like them.
-            share = len(job.x) * len(job.params.b_enc) / max(candidates, 1)
-            self._capacity = max(self._capacity, math.ceil(1.25 * entries * max(share, 1.0)))
-        elif reason == _C.NOT_FINITE:
+        if reason in (_C.TOO_SHORT, _C.NOT_FINITE):
             check_finite(job.params, math.nan)
+        if reason == _C.TOO_SHORT:
+            if candidates:  # this member's arrays, or another's: in a group nobody knows whose
+                # Counted up to the rows that did not fit; the rest may be like them.
+                everything = len(job.x) * len(job.params.b_enc)
+                needed = 1.25 * entries * max(everything / candidates, 1.0)
+                self._capacity = max(self._capacity, min(math.ceil(needed), everything))
+        elif reason == _C.NOT_FINITE:
             job.halts = False  # the batch is to blame: as in PyTorch, that reaches the parameters
         else:
             job.check(job.objective, job.support)
-            raise RuntimeError("the device refused arguments that are right")
+            raise UserError("the arguments of another member of the group were refused there")
 
 
 @dataclass
@@ -428,6 +454,7 @@ class _Program:
             fired, gradient = self._entries(xc, price)
         else:
             fired, gradient = self._dense(xc, price)
+        self._record.totals.copy_(self._record.counters[:2])
         native.set_pull(gradient, job.objective, lengths, self._l1_scale)
         self._update(gradient, fired, unit_norm=lengths is None)
         return fired
@@ -544,7 +571,7 @@ class _Program:
         if self._group is not None:
             # First of all whether any member is stopped: then all are.
             dist.all_reduce(self._record.counters[3:], op=dist.ReduceOp.MAX, group=self._group)
-            also = [self._record.sums, self._record.counters[:2], fired]
+            also = [self._record.sums, self._record.totals, fired]
             also += [] if b_dec is None else [b_dec]
             gradient = native.reduced(run, space, gradient, params, self._group, also)
             scale = self._record.sums[4:].reciprocal()

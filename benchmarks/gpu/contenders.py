@@ -54,7 +54,7 @@ def own_step(device: torch.device, precision: Precision, *, capture: bool = Fals
 class Ours:
     """`Step`."""
 
-    warm_ups = 8  # the first two are dense; then two graphs are recorded, each when it comes again
+    warm_ups = 8  # two graphs are recorded, each when it comes again; arrays find their length
 
     def __init__(
         self, start: Start, l0: float, precision: Precision, *, capture: bool = False
@@ -234,4 +234,4 @@ def limits(below: float, above: float) -> dict[str, Any]:
 
 
 WAYS = {"entries": limits(2.0, 2.0), "dense": limits(-1.0, -1.0)}
-"""Constants under which all steps, after the first few, take one way."""
+"""Constants under which all steps take one way."""

@@ -162,7 +162,7 @@ def _time(start: Start, precision: Precision, l0: float, name: str, expected: fl
     error = abs(contender.loss() / expected - 1)
     for i in range(contender.warm_ups):
         step(i)
-    forget_peak(device)  # ours begins with dense steps
+    forget_peak(device)  # what graphs and compilation took is no part of a step
     times = time_calls(device, step)
     # The memory of a graph is not among live tensors.
     counted = device.type == "cuda" and name not in (OURS_CAPTURED, COMPILED_CAPTURED)

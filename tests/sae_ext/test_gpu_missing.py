@@ -39,6 +39,7 @@ def runtime(monkeypatch):
         }  # fmt: skip
         monkeypatch.setattr(stands_in, "cuda", lambda: seen, raising=False)
         monkeypatch.setattr(native, "_C", stands_in)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         native.cuda_missing.cache_clear()
 
     yield see
@@ -64,9 +65,15 @@ def test_the_reason_and_the_remedy_are_named(runtime, seen, expected):
         assert reason is None
         Step("cuda")
         return
-    with pytest.raises(AssertionError if reason is None else UserError, match=expected):
+    with pytest.raises(UserError, match=expected):
         Step("cuda")
     assert native.cuda_missing() == reason
+
+
+def test_a_torch_without_cuda_is_named(runtime, monkeypatch):
+    runtime(True, [H200], 13000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"torch {torch.__version__} cannot use the GPU" in str(native.cuda_missing())
 
 
 def test_each_device_is_judged_by_itself(runtime):

@@ -20,7 +20,7 @@ from on_device import DEVICES, simulation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_ext import coding, ops, reference, step_cuda
+from sae_ext import coding, native, ops, reference, step_cuda
 from sae_ext.errors import Diverged, UserError
 from sae_ext.ops import AdamState, Parameters, Step, Support
 from sae_ext.parameters import Objective
@@ -273,11 +273,17 @@ def trained(
     """
     params = moved(made_up(24, 200, bias=-3.0), device, F32)
     adam, step = AdamState.zeros(params), started(device, way, **options)
-    held = torch.empty(97, 24, device=device)
+    held = [torch.empty(n, device=device) for n in ((97, 24), (97,), (97,), (200,))]
     for i in range(steps):
-        held.copy_((1 + 0.5 * i) * batch(97, 24, seed=i))
-        result = step(params, adam, held, l1=0.3, lr=0.01, recon_weight=held[:, 0].abs())
-        held.zero_()  # what the caller does to it now must not matter
+        x = (1 + 0.5 * i) * batch(97, 24, seed=i)
+        for mine, values in zip(held, (x, x[:, 0], x[:, 1], batch(1, 200, seed=i)[0]), strict=True):
+            mine.copy_(values if values.ndim == 2 else values.abs())
+        w, s, p = held[1:]
+        result = step(
+            params, adam, held[0], l1=0.3, lr=0.01, recon_weight=w, l1_weight=s, feature_weight=p
+        )
+        for mine in held:
+            mine.zero_()  # what the caller does to it now must not matter
         if look(i):
             assert result.loss > 0
     step.wait()
@@ -302,6 +308,75 @@ def test_steps_that_find_their_arrays_too_short_end_where_steps_with_room_do(
     short = trained(device, look=lambda i: i % every == every - 1)
     assert len(set(made_good)) > 3
     assert_same_end(short, roomy)
+
+
+def test_a_support_may_be_overwritten_once_its_step_is_queued(device, go, made_good):
+    go("entries", _FIRST_L0=1, _ROOM=1.0, _NEAR=1.0)
+    ends = []
+    for overwrite in (False, True):
+        params = moved(made_up(24, 70, bias=-1.0), device)
+        adam, step = AdamState.zeros(params), started(device, "entries")
+        # The first step finds its arrays too short; the second, queued behind it, has a support.
+        step(params, adam, 5 * batch(50, 24).to(device), l1=0.1, lr=0.01)
+        support = placed(support_of(batch(50, 70) > 0), device)
+        step(params, adam, batch(50, 24, seed=2).to(device), l1=0.1, lr=0.01, support=support)
+        if overwrite:
+            support.col.zero_()
+        step.wait()
+        ends.append(state(params, adam))
+    assert made_good
+    assert_same_end(ends[1], ends[0])
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_steps_with_and_without_a_support_may_alternate(device, go, look):
+    go(_SPARSE_BELOW={"float32": 0.12}, _DENSE_ABOVE={"float32": 0.22})
+    params = moved(made_up(24, 70, bias=-1.0), device)
+    theirs, oracle = moved(params, device), Step("reference")
+    adam, other, step = AdamState.zeros(params), AdamState.zeros(theirs), Step("cuda")
+    for i in range(8):
+        x, arguments = (1 + i % 3) * batch(50, 24, seed=i).to(device), {}
+        if i % 3 == 0:
+            arguments["support"] = placed(support_of(batch(50, 70, seed=i) > 0), device)
+        result = step(params, adam, x, l1=0.1, lr=0.01, eps=1e-2, **arguments)
+        oracle(theirs, other, x, l1=0.1, lr=0.01, eps=1e-2, **arguments)
+        if look:
+            assert result.loss > 0
+    step.wait()
+    assert_near(params, theirs, 1e-11)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at first", "when done again"])
+def test_a_step_that_cannot_be_queued_leaves_no_trace(device, go, monkeypatch, again):
+    go("entries", _FIRST_L0=1 if again else 70, _ROOM=1.0, _NEAR=1.0)
+    move, fails = native.move, [False]
+
+    def moves(*args: Any, **named: Any) -> None:
+        if fails[0]:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        move(*args, **named)
+
+    monkeypatch.setattr(native, "move", moves)
+    params = moved(made_up(24, 70, bias=-1.0), device)
+    theirs = moved(params, device)
+    adam, other, step = AdamState.zeros(params), AdamState.zeros(theirs), started(device, "entries")
+    x, wrong = 3 * batch(50, 24).to(device), torch.full((50,), -1.0, device=device)
+    if again:
+        step(params, adam, x, l1=0.1, lr=0.01)
+        fails[0] = True
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            step.wait()
+    else:
+        fails[0] = True
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            step(params, adam, x, l1=0.1, lr=0.01, recon_weight=wrong)
+    assert adam.step == 0
+    assert_equal(params, theirs)
+    fails[0] = False
+    step(params, adam, x, l1=0.1, lr=0.01, eps=1e-2)
+    step.wait()
+    Step("reference")(theirs, other, x, l1=0.1, lr=0.01, eps=1e-2)
+    assert_near(params, theirs, 1e-11)
 
 
 def test_a_weight_that_is_no_number_stops_training_before_anything_is_changed(device, go):
@@ -388,6 +463,31 @@ def test_the_way_of_a_step_does_not_depend_on_when_results_are_read(device, go, 
     assert_same_end(read, unread)
 
 
+@pytest.mark.parametrize("way", ["entries", "dense"])
+def test_a_density_between_the_limits_changes_nothing(device, go, way):
+    go(_SPARSE_BELOW={"float32": 0.02}, _DENSE_ABOVE={"float32": 0.9})
+    step = started(device, way)
+    params = moved(made_up(24, 70, bias=-0.5), device)
+    adam = AdamState.zeros(params)
+    for i in range(3):
+        step(params, adam, batch(50, 24, seed=i).to(device), l1=0.1, lr=0.01)
+    assert step.state()["sparse"] == (way == "entries")
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_the_first_steps_of_a_resumed_run_follow_the_densities_that_were_saved(device, density):
+    step = Step("cuda")
+    step.restore({"sparse": False, "densities": [density, density]})
+    assert step.state() == {"sparse": False, "densities": [density, density]}
+    params = moved(made_up(24, 70, bias=0.0), device)
+    step(params, AdamState.zeros(params), batch(50, 24).to(device), l1=0.1, lr=0.01)
+    assert step._queue._sparse == (density == 0.0)
+    with pytest.raises(UserError, match="a Step's state holds 'sparse' and 'densities'"):
+        step.restore({"sparse": True})
+    step.restore({})
+    assert step.state()["densities"] == []
+
+
 def test_a_resumed_run_goes_the_same_way(device, go):
     go(_SPARSE_BELOW={"float32": 0.12}, _DENSE_ABOVE={"float32": 0.22})
     params = moved(made_up(24, 200, bias=-3.0), device, F32)
@@ -431,6 +531,7 @@ class Unsynchronised(TorchDispatchMode):
     """Refuses what would make Python wait for the device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal")
+    """On a GPU torch itself knows better; see `watched` below."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
@@ -449,7 +550,13 @@ def test_queueing_a_step_never_waits(device, go, monkeypatch, way, precision):
 
     def watched(queue: step_cuda.Queue, *args: Any) -> None:
         with Unsynchronised():
-            enqueue(queue, *args)
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                enqueue(queue, *args)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
         queued.append(1)
 
     monkeypatch.setattr(step_cuda.Queue, "_enqueue", watched)
@@ -505,13 +612,15 @@ def test_a_replayed_step_is_the_step_queued_anew(device, go, monkeypatch, way, p
         adam = AdamState.zeros(params)
         step = started(device, way, precision=precision, capture=capture)
         losses = []
-        for i in range(
-            12
-        ):  # the penalty and the rate change with every step, and there are two sizes
+        # The penalty and the rate change with every step, other things now and then.
+        for i in range(30):
             rows = 97 if i % 5 else 60
             x = (1 + 0.2 * i) * batch(rows, 24, seed=i).to(device, F32)
             w = batch(1, rows, seed=i)[0].abs().to(device, F32)
-            result = step(params, adam, x, l1=0.1 * i, lr=0.01 / (1 + i), l1_weight=w)
+            fixed = [
+                {"clip": 0.5}, {}, {"train_b_dec": False}, {"max_grad_norm": 0.1}, {"max_grad_norm": 0.2}
+            ][i // 6 % 5]  # fmt: skip
+            result = step(params, adam, x, l1=0.1 * i, lr=0.01 / (1 + i), l1_weight=w, **fixed)
             losses.append(result)
         step.wait()
         ends.append(({**state(params, adam)}, [r.loss for r in losses], [r.fired for r in losses]))
@@ -566,6 +675,16 @@ def test_encode_decode_and_autoencode_equal_the_reference(device, bias):
         )
     for got, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_backward_through_weights_that_a_step_has_moved_is_refused(device, go):
+    go("entries")
+    params = moved(made_up(24, 70, bias=-1.0), device)
+    leaves = Parameters(**{k: t.requires_grad_() for k, t in params.tensors().items()})
+    loss = (leaves.W_dec**2).sum()
+    Step("cuda")(leaves, AdamState.zeros(params), batch(50, 24).to(device), l1=0.1, lr=0.01)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_precisions_of_a_gpu_are_refused_for_other_parameters(device):
