@@ -1,14 +1,16 @@
-"""What every benchmark's CSV file shares: the machine it ran on, and rows added one run at a time."""
+"""What benchmarks share: the machine they ran on, CSV files with a row a run, and bars to reach."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import operator
 import os
 import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -57,3 +59,28 @@ def shown(value: Value) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+_RELATIONS = {"<=": operator.le, ">=": operator.ge}
+
+
+class Bar(NamedTuple):
+    """What a figure must reach, and what was measured."""
+
+    what: str
+    measured: float | None
+    relation: str
+    target: float
+
+    @property
+    def missed(self) -> bool:
+        """Whether it was measured and falls short."""
+        if self.measured is None:
+            return False
+        return not _RELATIONS[self.relation](self.measured, self.target)
+
+    def __str__(self) -> str:
+        if self.measured is None:
+            return f"{self.what} not measured ({self.relation} {self.target:g})"
+        verdict = "MISSED" if self.missed else "ok"
+        return f"{self.what} {shown(self.measured)} {self.relation} {self.target:g} {verdict}"

@@ -17,8 +17,8 @@ pytest.importorskip("sae_ext._C", reason="the kernels are not built")
 from benchmarks.gpu import check, contenders, rows, sizes, small
 from benchmarks.gpu.__main__ import Bench, Item
 from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.rows import Bar
 from benchmarks.gpu.sweeps import Density, Point
+from benchmarks.records import Bar
 from benchmarks.step.parity import SETTINGS
 from benchmarks.step.problem import Shape
 from sae_ext import reference, step_cuda

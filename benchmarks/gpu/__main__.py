@@ -28,9 +28,10 @@ from benchmarks import records
 from benchmarks.gpu import ceilings, check, rows, sweeps
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.contenders import COMPILED, COMPILED_CAPTURED, OWN
-from benchmarks.gpu.rows import BUILDERS, HEADINGS, Bar, Row
+from benchmarks.gpu.rows import BUILDERS, HEADINGS, Row
 from benchmarks.gpu.sizes import FULL, PRECISIONS, TRIAL, Sizes, made_up
 from benchmarks.gpu.sweeps import Choice, Density
+from benchmarks.records import Bar
 from benchmarks.step.problem import Shape, Start
 from sae_ext import native
 from sae_ext.step_cuda import Precision

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks import records
 from benchmarks.gpu.contenders import WAYS, constants, limits, own_step
-from benchmarks.gpu.rows import Bar
 from benchmarks.gpu.sizes import PRECISIONS
 from benchmarks.gpu.timing import products
+from benchmarks.records import Bar
 from benchmarks.step.problem import Shape
 from sae_ext import reference
 from sae_ext.parameters import AdamState, Objective, Parameters, Update

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from benchmarks.gpu.contenders import (
 )
 from benchmarks.gpu.sizes import weights
 from benchmarks.gpu.timing import Times, allocated, forget_peak, peak, products, time_calls
+from benchmarks.records import Bar
 from benchmarks.step.measure import SETTINGS
 from benchmarks.step.problem import BATCHES, Shape, Start
 from sae_ext import reference
@@ -37,30 +37,6 @@ LOSS_ERROR = {"bfloat16": 1e-2, "tf32": 1e-3, "float32": 1e-4}
 """Relative, of the first loss. Ours and dense ones start at the same weights and are to agree."""
 
 FLOOR, FLOAT32_FASTER, MEMORY = 1.4, 3.0, 0.05
-_RELATIONS = {"<=": operator.le, ">=": operator.ge}
-
-
-class Bar(NamedTuple):
-    """What a figure must reach, and what was measured."""
-
-    what: str
-    measured: float | None
-    relation: str
-    target: float
-
-    @property
-    def missed(self) -> bool:
-        """Whether it was measured and falls short."""
-        if self.measured is None:
-            return False
-        return not _RELATIONS[self.relation](self.measured, self.target)
-
-    def __str__(self) -> str:
-        if self.measured is None:
-            return f"{self.what} not measured ({self.relation} {self.target:g})"
-        verdict = "MISSED" if self.missed else "ok"
-        measured = records.shown(self.measured)
-        return f"{self.what} {measured} {self.relation} {self.target:g} {verdict}"
 
 
 class Row(NamedTuple):

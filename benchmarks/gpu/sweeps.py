@@ -19,8 +19,9 @@ from benchmarks.gpu.contenders import (
     Ours,
     constants,
 )
-from benchmarks.gpu.rows import Bar, measure
+from benchmarks.gpu.rows import measure
 from benchmarks.gpu.timing import products, synchronize
+from benchmarks.records import Bar
 from benchmarks.step.problem import BATCHES, Shape, Start
 from sae_ext import step_cuda
 from sae_ext.step_cuda import Precision

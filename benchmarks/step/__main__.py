@@ -13,7 +13,6 @@ else or ours cannot be measured. Needs the packages of the `dev` extra.
 from __future__ import annotations
 
 import argparse
-import operator
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import records
+from benchmarks.records import Bar
 from benchmarks.step import parity, plots
 from benchmarks.step.measure import (
     DENSE,
@@ -62,29 +62,6 @@ MEMORY_SHAPE = SCALING_SHAPE = Shape(768, 16384, 2048)
 SCALING_L0S = (16, 32, 64, 128, 192, 256, 384, 512)
 DENSITY_SHAPE = Shape(768, 6144, 2048)
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-
-_RELATIONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}
-
-
-class Bar(NamedTuple):
-    """What a figure must reach, and what was measured."""
-
-    what: str
-    measured: float | None
-    relation: str
-    target: float
-
-    @property
-    def verdict(self) -> str:
-        """ok, MISSED, or not measured, which is neither."""
-        if self.measured is None:
-            return "not measured"
-        return "ok" if _RELATIONS[self.relation](self.measured, self.target) else "MISSED"
-
-    def __str__(self) -> str:
-        if self.measured is None:
-            return f"{self.what} not measured ({self.relation} {self.target:g})"
-        return f"{self.what} {records.shown(self.measured)} {self.relation} {self.target:g} {self.verdict}"
 
 
 class Targets(NamedTuple):
@@ -192,7 +169,7 @@ def main() -> int:
             print(f"aim: {_product_aim(row)}")
     for bar in bars:
         print(f"bar: {bar}")
-    return 1 if any(bar.verdict == "MISSED" for bar in bars) else 0
+    return 1 if any(bar.missed for bar in bars) else 0
 
 
 def _options() -> argparse.Namespace:
