@@ -40,7 +40,6 @@ from workers.analyse import AnalyseWorker
 from workers.harvest import HarvestWorker
 from workers.interpret import InterpretWorker
 from workers.pool import Job
-from workers.train import TrainWorker
 
 _SHARDS_PER_JOB = 4
 """An analysis job returns one merged finding; few shards each keep both workers busy to the end."""
@@ -106,15 +105,8 @@ def train(recipe: Recipe, keys: dict[str, str]) -> str:
     with _stage("train", wanted) as (run, bar):
         if bar is None:
             return wanted.key
-        run.work(
-            bar,
-            TrainWorker,
-            (run.store.url, recipe.resources.train_cpus),
-            [Job("train", (wanted,))],
-            sizes=[float(wanted.config["train"]["steps"])],
-            workers=1,
-            cpus=recipe.resources.train_cpus,
-        )
+        resources = recipe.resources
+        run.train(bar, [wanted], cpus=resources.train_cpus, workers=resources.train_workers)
         validation = run.store.manifest(saes.KIND, wanted.key).extra["validation"]
         bar.finish(
             f"validation FVU {figure(validation['fvu'])} at L0 {validation['l0']:.1f} → {wanted.key}"

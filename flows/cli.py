@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from flows import recipe as recipes
-from flows.recipe import Recipe
 from sae_ext.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
 
 app = typer.Typer(
     name="sparsemill",
@@ -74,16 +76,79 @@ def tune(
     """
     chosen = _load(path, store)
     trials = trials or chosen.tune.trials or 8
-    _run(
-        recipes.changed(
-            chosen,
-            {
-                "tune.trials": trials,
-                "tune.parallel": parallel,
-                "tune.initial_trials": min(chosen.tune.initial_trials, trials - 1),
-            },
-        )
-    )
+    changes = {
+        "tune.trials": trials,
+        "tune.parallel": parallel,
+        "tune.initial_trials": min(chosen.tune.initial_trials, trials - 1),
+    }
+    _run(_changed(chosen, changes))
+
+
+@app.command()
+def sweep(
+    path: RecipePath,
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="A field of sae or train and its values: train.seed=0,1,2. Repeat for a grid."
+        ),
+    ],
+    store: StoreOption = None,
+) -> None:
+    """Train several SAEs in one pass over the activations and compare them.
+
+    Each ends as it would have alone and has a key of its own. Where seeds vary, the table says how
+    much of one dictionary is found again in the others, beside the same for random directions.
+
+    Example: [bold]sparsemill sweep recipes/quickstart.yaml --vary train.seed=0,1,2[/]
+    """
+    from flows import running, showing
+
+    chosen = _load(path, store)
+    showing.sweep(console, chosen.store, running.run_sweep(chosen, vary))
+
+
+@app.command("export")
+def export_sae(
+    key: Annotated[str, typer.Argument(help="Key of an SAE (or its beginning).")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="saelens or dictionary_learning.")
+    ] = "saelens",
+    allow_clip: Annotated[
+        bool, typer.Option(help="Write an SAE whose clip the other library does not know.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Write an SAE as a folder that another library loads; refuses where that would change its numbers.
+
+    Example: [bold]sparsemill export 3f2a --format dictionary_learning --out /tmp/sae[/]
+    """
+    from flows import exchanging
+
+    exchanging.export(console, store or DEFAULT_STORE, key, layout, out, allow_clip=allow_clip)
+
+
+@app.command("import")
+def import_sae(
+    path: Annotated[Path, typer.Argument(help="A folder, or a .pth file.")],
+    activations: Annotated[str, typer.Option(help="Key of the activations it reads.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="saelens, dictionary_learning, splatnlp, or growth_signals-identity, -sigmoid or -tanh.",
+        ),
+    ] = "saelens",
+    store: StoreOption = None,
+) -> None:
+    """Take an SAE made elsewhere into the store, judged on the validation rows of some activations.
+
+    Example: [bold]sparsemill import /tmp/their-sae --activations 81c0[/]
+    """
+    from flows import exchanging
+
+    exchanging.import_(console, store or DEFAULT_STORE, path, layout, activations)
 
 
 @app.command()
@@ -107,7 +172,7 @@ def interpret(
     """
     chosen = _load(path, store)
     given = {"backend": backend, "base_url": base_url, "model": model, "features": features}
-    _run(recipes.changed(chosen, {f"interpret.{name}": value for name, value in given.items()}))
+    _run(_changed(chosen, {f"interpret.{name}": value for name, value in given.items()}))
 
 
 @app.command()
@@ -157,6 +222,8 @@ def show(
     from flows import showing
 
     if what.endswith((".yaml", ".yml")):
+        from flows import recipe as recipes  # takes a while: it knows every option of training
+
         console.print(recipes.to_yaml(_load(Path(what), store)), markup=False)
     else:
         showing.artefact(console, store or DEFAULT_STORE, what, feature)
@@ -190,7 +257,15 @@ def serve(
 
 
 def _load(path: Path, store: str | None) -> Recipe:
+    from flows import recipe as recipes
+
     return recipes.changed(recipes.load(path), {"store": store})
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
+    from flows import recipe as recipes
+
+    return recipes.changed(recipe, changes)
 
 
 def _run(recipe: Recipe) -> None:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sae_ext.config import (
     AnalyseConfig,
@@ -27,8 +35,10 @@ from sae_ext.config import (
     SAEConfig,
     TrainConfig,
     TuneConfig,
+    with_changes,
 )
 from sae_ext.errors import UserError
+from sae_ext.training.checks import check_together
 
 
 class Resources(BaseModel):
@@ -44,9 +54,26 @@ class Resources(BaseModel):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPUs, and so threads, of each of them."""
     train_cpus: Annotated[int, Field(ge=1)] = 2
-    """CPUs of the actor that trains."""
+    """CPUs of an actor that trains."""
+    train_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of an actor that trains; 0 trains on CPUs."""
+    train_workers: Annotated[int, Field(ge=1)] = 1
+    """Actors that train one SAE together, each on its part of every batch."""
+    train_readers: Annotated[int, Field(ge=0)] = 1
+    """Threads of such an actor that read batches ahead."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard (the package `tensorboard` must be installed); none when absent."""
     ray_address: str | None = None
     """`host:port` of a running Ray cluster, or `auto`; RAY_ADDRESS when absent; else this machine."""
+
+    @field_validator("train_gpus")
+    @classmethod
+    def _whole_or_shared(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise UserError(
+                f"train_gpus must be a whole number, or below 1 for a share of a GPU, got {value:g}"
+            )
+        return value
 
 
 class Recipe(BaseModel):
@@ -76,6 +103,30 @@ class Recipe(BaseModel):
     """How features are explained and scored."""
     resources: Resources = Resources()
     """How the work is spread."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        check_together(
+            self.sae,
+            self.train,
+            workers=self.resources.train_workers,
+            on_gpu=self.resources.train_gpus > 0,
+        )
+        if self.tune.trials:
+            if self.train.objective.l1 is None:
+                raise UserError(
+                    "tune searches λ, but train.objective.l1 is left out: give it, or set tune.trials to 0"
+                )
+            if self.train.objective.l1.target_l0 is not None:
+                raise UserError(
+                    "tune searches λ, and so does train.objective.l1.target_l0: leave one of them out"
+                )
+            if self.tune.steps is not None:
+                try:
+                    with_changes(self.train, {"steps": self.tune.steps})
+                except UserError as error:
+                    raise UserError(f"in a trial of tune.steps, train.{error}") from error
+        return self
 
 
 def load(path: Path) -> Recipe:
@@ -113,17 +164,33 @@ def parse(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """A copy with some fields replaced, named as `section.field`; None leaves a field as it is.
+    """A copy with some fields replaced, as `replaced` makes it; None leaves a field as it is.
+
+    Raises:
+        UserError: a value is wrong.
+    """
+    return replaced(recipe, {name: value for name, value in changes.items() if value is not None})
+
+
+def replaced(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy with some fields replaced, named as `section.field`; None is a value like any other.
+
+    A section that was left out is put in; another kind of section begins with its defaults.
 
     Raises:
         UserError: a value is wrong.
     """
     content = recipe.model_dump(mode="json")
-    for name, value in changes.items():
-        if value is None:
-            continue
-        section, _, key = name.rpartition(".")
-        (content[section] if section else content)[key] = value
+    for name, value in values.items():
+        *path, key = name.split(".")
+        section = content
+        for part in path:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        if key == "kind" and section.get(key) != value and _kinds(_walked(tuple(path))[1]):
+            section.clear()
+        section[key] = value
     return parse(content, "command line")
 
 
@@ -131,13 +198,38 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one line; an unknown key before anything else."""
     problems = sorted(error.errors(), key=lambda p: not _is_unknown(p))
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    parts, hint = _walked(first["loc"])
+    where = ".".join(parts)
     if _is_unknown(first):
         return f"unknown key {where!r}{_suggest(first['loc'])}"
     if first["type"] == "missing":
         return f"the key {where!r} is missing"
     found = repr(first["input"])
+    if kinds := _kinds(hint):
+        given = first["input"]
+        one_of = f"{where}.kind must be one of {', '.join(kinds)}"
+        if isinstance(given, Mapping) and "kind" not in given:
+            return f"{one_of}, and is missing"
+        return f"{one_of}, got {repr(given['kind']) if isinstance(given, Mapping) else found[:60]}"
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {found[:60]}"
+
+
+def _walked(location: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """A location as the recipe has it, and the annotation there.
+
+    pydantic puts the kind into it where there are several; the recipe does not.
+    """
+    parts: list[str] = []
+    hint: Any = Recipe
+    for part in map(str, location):
+        if part in _kinds(hint):
+            hint = next(c for c in _configs(hint) if c.kind == part)
+            continue
+        parts.append(part)
+        hint = _fields(hint).get(part)
+        found = list(_configs(hint))
+        hint = found[0] if len(found) == 1 else hint
+    return parts, hint
 
 
 def _is_unknown(problem: Mapping[str, Any]) -> bool:
@@ -145,43 +237,81 @@ def _is_unknown(problem: Mapping[str, Any]) -> bool:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    """The nearest key that exists where the unknown one stands, or the list of keys there."""
-    section = [str(part) for part in location[:-1]]
-    known = list(_keys(Recipe, section))
-    elsewhere = [
-        f"{name}.{key}"
-        for name in Recipe.model_fields
-        for key in _keys(Recipe, [name])
-        if key == location[-1]
-    ]
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    for meant in elsewhere or [".".join([*section, key]) for key in near]:
-        return f": did you mean {meant!r}?"
-    return f": known here are {', '.join(known)}"
+    """Where that key stands deeper in the section or in another, the nearest one, or the keys there are."""
+    section, hint = _walked(location[:-1])
+    wanted = str(location[-1])
+    deeper = sorted((p for p in _paths(hint, section) if p[-1] == wanted), key=len)
+    elsewhere = [p for p in _paths(Recipe, []) if p[-1] == wanted and len(p) == 2]
+    near = difflib.get_close_matches(wanted, _fields(hint), n=1, cutoff=0.5)
+    for meant in [*deeper, *elsewhere, *([*section, key] for key in near)]:
+        return f": did you mean {'.'.join(meant)!r}?"
+    return f": known here are {', '.join(_fields(hint))}"
 
 
-def _keys(model: Any, section: list[str]) -> Iterator[str]:
-    for part in section:
-        model = get_type_hints(model, include_extras=False).get(part)
-        model = next((a for a in get_args(model) if is_dataclass(a)), model)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        yield from model.model_fields
-    elif is_dataclass(model):
-        yield from (field.name for field in fields(model))
+def _paths(hint: Any, above: list[str]) -> Iterator[list[str]]:
+    """Every key of a section and of those inside it, with the sections above."""
+    for config in _configs(hint):
+        for name, inner in _fields(config).items():
+            yield [*above, name]
+            yield from _paths(inner, [*above, name])
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The keys of a section with their annotations; none where it is not one section."""
+    if not isinstance(config, type):
+        return {}
+    hints = get_type_hints(config, include_extras=True)
+    if issubclass(config, BaseModel):
+        return {name: hints[name] for name in config.model_fields}
+    return (
+        {field.name: hints[field.name] for field in fields(config)} if is_dataclass(config) else {}
+    )
+
+
+def _kinds(hint: Any) -> list[str]:
+    """The kinds of section there may be, where there are several."""
+    found = list(_configs(hint))
+    return [config.kind for config in found] if len(found) > 1 else []
 
 
 def _section_of(content: Mapping[str, Any]) -> str:
     """The section whose own check refused it: the configs name their field, not where they stand."""
-    hints = get_type_hints(Recipe)
     for section, values in content.items():
-        if is_dataclass(hints.get(section)):
-            try:
-                TypeAdapter(hints[section]).validate_python(values)
-            except UserError:
-                return f"{section}."
-            except ValidationError:
-                continue
+        found = _refusing(get_type_hints(Recipe).get(section), values, f"{section}.")
+        if found is not None:
+            return found
     return ""
+
+
+def _refusing(hint: Any, values: Any, path: str) -> str | None:
+    """The path of the innermost config that refuses its values."""
+    if not isinstance(values, Mapping):
+        return None
+    several = bool(_kinds(hint))
+    configs = [c for c in _configs(hint) if not several or c.kind == values.get("kind")]
+    if not configs:
+        return None
+    (config,) = configs
+    hints = _fields(config)
+    for name, inner in values.items():
+        found = _refusing(hints.get(name), inner, f"{path}{name}.")
+        if found is not None:
+            return found
+    try:
+        TypeAdapter(config).validate_python(dict(values))
+    except UserError:
+        return path
+    except ValidationError:
+        pass
+    return None
+
+
+def _configs(hint: Any) -> Iterator[Any]:
+    """The configuration classes that may stand where this annotation does."""
+    if is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, BaseModel)):
+        yield hint
+    for inner in get_args(hint):
+        yield from _configs(inner)
 
 
 def _nearby(path: Path) -> str:

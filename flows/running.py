@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any, TypeVar
 
 import psutil
 from rich.console import Console
 
+from flows import grid as grids
 from flows import stages
 from flows.prefect_server import PrefectServer
 from flows.recipe import Recipe
 from sae_ext.store import Store
+from sae_ext.training.history import require_tensorboard
 from workers.cluster import Cluster
+
+T = TypeVar("T")
 
 _RAY_SECONDS = 2.5
 
@@ -31,11 +37,43 @@ def run(recipe: Recipe) -> dict[str, str]:
         KeyboardInterrupt: stopped by the user.
     """
     store = Store.open(recipe.store, writable=True)
-    todo = stages.pending(recipe, store)
+
+    def work() -> dict[str, str]:
+        from flows.campaign import campaign
+
+        return campaign(recipe)
+
+    return _served(recipe, store, stages.pending(recipe, store), work)
+
+
+def run_sweep(recipe: Recipe, vary: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """Train a grid of SAEs; returns what varies and the key of each.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `run`.
+    """
+    points = grids.variants(recipe, vary)
+    store = Store.open(recipe.store, writable=True)
+    todo = not all(stage.done(store) for stage in grids.stages_of(recipe, points))
+    grid = [point.values for point in points]
+
+    def work() -> list[str]:
+        from flows.sweep import sweep
+
+        return sweep(recipe, grid)
+
+    keys = _served(recipe, store, todo, work)
+    return list(zip(grid, keys, strict=True))
+
+
+def _served(recipe: Recipe, store: Store, todo: bool, work: Callable[[], T]) -> T:
+    """Do the work of a flow with Prefect and, where anything is to do, Ray beside it."""
     harvest = stages.of_activations(recipe)
     reads = not harvest.done(store)
     if reads:
         stages.preflight(recipe)
+    if todo and recipe.resources.tensorboard is not None:
+        require_tensorboard()
     cluster = Cluster(recipe.resources.ray_address)
     server = PrefectServer(store.state_dir())
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -48,15 +86,14 @@ def run(recipe: Recipe) -> dict[str, str]:
             # After the environment is settled, and while both servers start.
             if reads:
                 stages.planned_harvest(recipe, harvest.key)
-            from flows.campaign import campaign
             from flows.session import lend
 
             server.wait()
         patience = 0.5
         with lend(cluster):
-            keys = campaign(recipe)
+            result = work()
         patience = 5.0
-        return keys
+        return result
     finally:
         _stop(server, cluster, patience)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,10 +20,13 @@ from prefect.logging import get_run_logger
 
 from flows.display import Bar, Display
 from flows.recipe import Recipe, Resources
+from sae_ext.artefacts import Stage
 from sae_ext.store import Store
 from workers import pool
-from workers.cluster import Cluster
+from workers.cluster import Cluster, require_room
 from workers.events import Event, Log, Update
+from workers.pool import Job
+from workers.train import Meeting, Share, TrainWorker
 
 _REPORT_SECONDS = 3.0
 
@@ -50,6 +54,7 @@ class Session:
         sizes: list[float],
         workers: int,
         cpus: int,
+        gpus: float = 0,
         on_result: Callable[[int, Any], None] = lambda job, value: None,
     ) -> None:
         """Run jobs on Ray (see `pool.run`), showing progress in the terminal and in Prefect.
@@ -89,9 +94,34 @@ class Session:
             jobs,
             workers=workers,
             cpus=cpus,
+            gpus=gpus,
             on_event=on_event,
             on_result=finished,
             stop=self.stopping.is_set,
+        )
+
+    def train(self, bar: Bar, wanted: list[Stage], *, cpus: int, workers: int = 1) -> None:
+        """Train SAEs on the same activations, with one worker or, where it is one SAE, with several."""
+        self.cluster.wait()
+        r = self.resources
+        require_room(cpus, r.train_gpus, workers)
+        shares: list[Share | None] = [None]
+        if workers > 1:
+            meeting = Meeting(workers)  # stays until they are done
+            shares = list(meeting.shares())
+        for stage in wanted:
+            self.store.sweep(stage.kind, stage.key)
+        board = None if r.tensorboard is None else str(Path(r.tensorboard).absolute())
+        steps = float(sum(stage.config["train"]["steps"] for stage in wanted))
+        self.work(
+            bar,
+            TrainWorker,
+            (self.store.url, cpus, r.train_readers, board),
+            [Job("train", (wanted, share)) for share in shares],
+            sizes=[steps / len(shares)] * len(shares),
+            workers=len(shares),
+            cpus=cpus,
+            gpus=r.train_gpus,
         )
 
 

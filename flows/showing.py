@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.display import figure
-from sae_ext.artefacts import campaigns, features
+from sae_ext.artefacts import campaigns, features, saes
 from sae_ext.errors import UserError
+from sae_ext.metrics.stability import agreement
 from sae_ext.store import KINDS, Manifest, Store
 
 _EXAMPLES = 8
+_SEED = "train.seed"
 
 
 def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
@@ -43,6 +46,51 @@ def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
         folder = str(_copy(store, manifest, out))
     console.print(f"report  {folder}/{campaigns.REPORT}", soft_wrap=True)
     console.print(f"export  {folder}/export  [dim](loads in SAELens)[/]", soft_wrap=True)
+
+
+def sweep(console: Console, url: str, found: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """The SAEs of a sweep side by side, and how far dictionaries that differ by seed agree."""
+    store = Store.open(url)
+    table = Table(box=None, pad_edge=False)
+    varied = list(found[0][0])
+    for heading in (*(name.rpartition(".")[2] for name in varied), "FVU", "L0", "dead", "λ", "key"):
+        table.add_column(heading, justify="right")
+    for values, key in found:
+        extra = store.manifest(saes.KIND, key).extra
+        seen = extra["validation"]
+        table.add_row(
+            *(str(values[name]) for name in varied),
+            figure(seen["fvu"]),
+            f"{seen['l0']:.1f}",
+            figure(seen["dead_fraction"]),
+            figure(extra["penalty"]),
+            key,
+        )
+    console.print(table)
+    for named, keys in _by_seed(found).items():
+        first, *others = (saes.load(store, key).parameters.W_dec for key in keys)
+        pairs = [agreement(first, other) for other in others]
+        own, null = (
+            sum(p["matched_cosine"] for p in side) / len(side)
+            for side in (pairs, [p["null_random"] for p in pairs])
+        )
+        share = sum(p["matched_above_0.9"] for p in pairs) / len(pairs)
+        console.print(
+            f"{named}{len(keys)} seeds: matched one to one, decoder rows have cosine {own:.2f} (random "
+            f"directions {null:.2f}); {100 * share:.0f} % above 0.9",
+            soft_wrap=True,
+        )
+
+
+def _by_seed(found: Sequence[tuple[dict[str, Any], str]]) -> dict[str, list[str]]:
+    """Keys of SAEs that differ by seed alone, by what they have in common."""
+    groups: dict[str, list[str]] = {}
+    for values, key in found:
+        rest = ", ".join(f"{n} {v}" for n, v in values.items() if n != _SEED)
+        group = groups.setdefault(f"{rest}, " if rest else "", [])
+        if key not in group:  # two ways to write a value are one SAE
+            group.append(key)
+    return {name: keys for name, keys in groups.items() if len(keys) > 1}
 
 
 def listing(console: Console, url: str, kind: str) -> None:
@@ -151,9 +199,8 @@ def _gist(manifest: Manifest) -> str:
             )
         case "saes":
             seen = extra["validation"]
-            return (
-                f"d_sae {config['sae']['d_sae']}, FVU {figure(seen['fvu'])} at L0 {seen['l0']:.1f}"
-            )
+            what = f"d_sae {config['sae']['d_sae']}" if "sae" in config else "imported"
+            return f"{what}, FVU {figure(seen['fvu'])} at L0 {seen['l0']:.1f}"
         case "trials":
             return f"{extra['n_trials']} trials, best FVU {extra['best']['fvu']:.3f}"
         case "features":

@@ -36,7 +36,7 @@ def of_sae(recipe: Recipe, keys: Keys, store: Store) -> Stage:
     config = recipe.train
     if trials.KIND in keys:
         best = store.manifest(trials.KIND, keys[trials.KIND]).extra["best"]
-        config = with_changes(config, {"lr": best["lr"], "l1": best["l1"]})
+        config = with_changes(config, {"lr": best["lr"], trials.PENALTY: best["l1"]})
     return saes.stage(recipe.sae, config, keys[activations.KIND])
 
 

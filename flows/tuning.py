@@ -23,8 +23,6 @@ from sae_ext.artefacts import Stage, activations, saes, trials
 from sae_ext.config import TuneConfig, with_changes
 from sae_ext.errors import Diverged, UserError
 from sae_ext.store import Store
-from workers.pool import Job
-from workers.train import TrainWorker
 
 _COLUMNS = pa.schema(
     [
@@ -72,21 +70,14 @@ def tune(recipe: Recipe, keys: dict[str, str]) -> str:
 def trial(recipe: Recipe, source: str, trial: Trial) -> tuple[str, dict[str, Any]]:
     """Train one candidate; returns its SAE's key and validation metrics."""
     run = session.current()
-    changes = {"lr": trial.lr, "l1": trial.l1, "steps": recipe.tune.steps or recipe.train.steps}
+    steps = recipe.tune.steps or recipe.train.steps
+    changes = {"lr": trial.lr, trials.PENALTY: trial.l1, "steps": steps}
     wanted = saes.stage(recipe.sae, with_changes(recipe.train, changes), source)
     if not wanted.done(run.store):
         cpus = max(1, recipe.resources.train_cpus // recipe.tune.parallel)
         bar = run.display.bar(f"trial {trial.trial}")
         try:
-            run.work(
-                bar,
-                TrainWorker,
-                (run.store.url, cpus),
-                [Job("train", (wanted,))],
-                sizes=[float(changes["steps"])],
-                workers=1,
-                cpus=cpus,
-            )
+            run.train(bar, [wanted], cpus=cpus)
         finally:
             bar.abandon()
     return wanted.key, run.store.manifest(saes.KIND, wanted.key).extra["validation"]

@@ -72,7 +72,7 @@ class ShardAnalysis:
 
     def __init__(self, config: AnalyseConfig, sae: SAE, n_labels: int) -> None:
         self.features = FeatureSums(sae.d_sae, n_labels)
-        self.held_out = ReconstructionSums(sae.d_in, sae.d_sae)
+        self.held_out = ReconstructionSums.of(sae)
         self.evidence = Evidence(config, sae.d_sae)
 
     def merge(self, other: ShardAnalysis) -> None:

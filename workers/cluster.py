@@ -17,6 +17,7 @@ from sae_ext.errors import UserError
 _CONNECT_SECONDS = 5.0
 _SLICE_SECONDS = 0.2
 _STOP_SECONDS = 30.0
+_ROUNDING = 1e-9  # ten tenths of a GPU are one
 _OBJECT_STORE_BYTES = 256 * 2**20  # arrays cross in pieces of tens of megabytes at most
 
 
@@ -112,17 +113,30 @@ def _import_ray() -> Any:
     return ray
 
 
-def require_cpus(cpus: float) -> None:
-    """Check that some node could ever hold an actor of that size.
+def require_room(cpus: float, gpus: float = 0, together: int = 1) -> None:
+    """Check that so many actors of that size could ever run at once.
 
     Raises:
-        UserError: none could, so that asking would wait for ever.
+        UserError: they could not, so that asking would wait for ever.
     """
     import ray
 
-    sizes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    if cpus > max(sizes, default=0.0):
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fields = "lower resources.cpus_per_worker or resources.train_cpus"
+    for name, needed, field in (("CPU", cpus, fields), ("GPU", gpus, "lower resources.train_gpus")):
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        if needed > most:
+            raise UserError(
+                f"a worker needs {needed:g} {name}s, but the largest Ray node has {most:g}: {field}"
+            )
+    wanted = {name: needed for name, needed in (("CPU", cpus), ("GPU", gpus)) if needed}
+    fit = sum(
+        min(int(node.get(name, 0.0) / needed + _ROUNDING) for name, needed in wanted.items())
+        for node in nodes
+    )
+    if fit < together:
+        size = " and ".join(f"{needed:g} {name}s" for name, needed in wanted.items())
         raise UserError(
-            f"a worker needs {cpus:g} CPUs, but the largest Ray node has {max(sizes, default=0.0):g}: "
-            "lower resources.cpus_per_worker or resources.train_cpus"
+            f"{together} workers of {size} must run at once, but Ray has room for {fit}: lower "
+            "resources.train_workers, or what each of them takes"
         )

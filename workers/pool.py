@@ -2,11 +2,13 @@
 
 One retry owner: Ray's own retries are off, a dead worker ends the call with `WorkerDied`, and
 whoever called decides (finished jobs are in the store, so a second call only does the rest).
-Waiting is always in slices with a look at the stop flag, so Ctrl-C ends in a second.
+Waiting is always in slices with a look at the stop flag, so Ctrl-C ends in a second or, where a worker
+has a `stop` method, as soon as it has saved what it is doing.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +16,11 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from sae_ext.errors import Stopped
-from workers.cluster import require_cpus
+from workers.cluster import require_room
 from workers.events import Event, Result
 
 _SLICE_SECONDS = 0.25
+_SAVING_SECONDS = 20.0  # what workers have at most to save their state before they are killed
 
 
 class WorkerDied(Exception):
@@ -46,11 +49,12 @@ def run(
     *,
     workers: int,
     cpus: float,
+    gpus: float = 0,
     on_event: OnEvent = lambda job, event: None,
     on_result: Callable[[int, Any], None] = lambda job, value: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run the jobs on up to `workers` actors of `cpus` CPUs each, made from `worker(*arguments)`.
+    """Run the jobs on up to `workers` actors of `cpus` CPUs and `gpus` GPUs each, made from `worker(*arguments)`.
 
     Args:
         on_event: called with the job's index and each `Update` or `Log` its worker sends.
@@ -63,8 +67,15 @@ def run(
     """
     if not jobs:
         return
-    require_cpus(cpus)
-    remote = ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(worker)
+    require_room(cpus, gpus)
+    saves = hasattr(worker, "stop")
+    remote = ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=2 if saves else 1,  # `stop` is heard beside the work
+    )(worker)
     actors = [remote.remote(*arguments) for _ in range(min(workers, len(jobs)))]
     # Only an actor that exists gets work: where fewer fit than were asked for, the rest never start.
     starting = {actor.__ray_ready__.remote(): actor for actor in actors}
@@ -96,8 +107,29 @@ def run(
                 else:
                     on_event(index, event)
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        try:
+            if saves and running:
+                _let_save(running)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def _let_save(running: dict[Any, tuple[int, Any]]) -> None:
+    """Ask workers to stop, and wait a little until they have; what they still send is not wanted."""
+    for _, actor in running.values():
+        actor.stop.remote()
+    left = list(running)
+    end = time.monotonic() + _SAVING_SECONDS
+    while left and time.monotonic() < end:
+        ready, _ = ray.wait(left, num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False)
+        for stream in ready:
+            try:
+                ended = _next_event(stream) is None
+            except Exception:  # noqa: BLE001 - it has ended, and why is no longer of interest
+                ended = True
+            if ended:
+                left.remove(stream)
 
 
 def _next_event(stream: Any) -> Event | None:

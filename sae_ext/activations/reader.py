@@ -1,10 +1,10 @@
-"""Reading activations back: memory-mapped shards, splits by document, seeded batches that resume."""
+"""Reading activations back: memory-mapped shards, splits and labels by document."""
 
 from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sae_ext import corpora
+from sae_ext.activations.dataset import Dataset, and_more, is_missing
 from sae_ext.config import CorpusConfig
-from sae_ext.errors import CorruptArtefact
+from sae_ext.errors import CorruptArtefact, UserError
 from sae_ext.store import Store
 
 
-class Activations:
+class Activations(Dataset):
     """One activations artefact. Opening reads the manifest only; shards are mapped when touched."""
 
     def __init__(self, store: Store, key: str) -> None:
@@ -32,6 +33,7 @@ class Activations:
         self.shard_rows: list[int] = self.manifest.extra["shard_rows"]
         self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
         self._mapped: dict[int, npt.NDArray[Any]] = {}
+        self._locks = [threading.Lock() for _ in self.shard_rows]
 
     @property
     def n_rows(self) -> int:
@@ -68,10 +70,11 @@ class Activations:
         Raises:
             CorruptArtefact: the file is missing, truncated or altered.
         """
-        if index not in self._mapped:
-            path = self.store.local("activations", self.key, shard_file(index), verify=True)
-            self._mapped[index] = map_tensor(path, "x")
-        return self._mapped[index]
+        with self._locks[index]:  # of several readers only one checks it
+            if index not in self._mapped:
+                path = self.store.local("activations", self.key, shard_file(index), verify=True)
+                self._mapped[index] = map_tensor(path, "x")
+            return self._mapped[index]
 
     def provenance(self, index: int) -> pa.Table:
         """One line per row of a shard: doc_id, position, token_id, token_text."""
@@ -80,49 +83,42 @@ class Activations:
     def gather(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """The given global rows in the given order, as float32 [len(rows), d_in]."""
         out = np.empty((len(rows), self.d_in), dtype=np.float32)
-        shards = np.searchsorted(self.offsets, rows, side="right") - 1
-        for index in np.unique(shards):
-            here = shards == index
-            out[here] = self.shard(int(index))[rows[here] - self.offsets[index]]
+        ascending = np.argsort(rows)  # a shard is read from front to back
+        bounds = np.searchsorted(rows[ascending], self.offsets)
+        if bounds[-1] - bounds[0] != len(rows):
+            raise IndexError(f"rows are numbered 0 to {self.n_rows - 1}")
+        for index in np.flatnonzero(np.diff(bounds)).tolist():
+            places = ascending[bounds[index] : bounds[index + 1]]
+            out[places] = self.shard(index)[rows[places] - self.offsets[index]]
         return torch.from_numpy(out)
 
-    def in_order(self, rows: npt.NDArray[np.int64], batch_rows: int) -> Iterator[Tensor]:
-        """The given rows in batches, the last one shorter."""
-        for start in range(0, len(rows), batch_rows):
-            yield self.gather(rows[start : start + batch_rows])
+    def column(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """A column of the documents, such as "label", for the given rows.
 
+        Raises:
+            UserError: there is no such column, or the document of one of the rows has no value.
+        """
+        if name not in self.documents.column_names:
+            raise UserError(
+                f"the documents of activations/{self.key} have no column {name!r}: choose from "
+                f"{', '.join(self.documents.column_names)}"
+            )
+        documents, place = np.unique(self.document_of_row[rows], return_inverse=True)
+        values: npt.NDArray[Any] = self.documents[name].take(documents).to_numpy()
+        missing = documents[is_missing(values)]
+        if len(missing):
+            first = self.documents["doc_id"][int(missing[0])].as_py()
+            raise UserError(
+                f"column {name!r} of activations/{self.key} has no value for document {first!r}"
+                f"{and_more(len(missing))}: give every document of the corpus one"
+            )
+        return values[place]
 
-class ShuffledRows:
-    """Endless batches over rows: each epoch is one seeded uniform permutation, the tail is carried on.
-
-    `cursor` (rows handed out so far) is all it takes to resume at the same batch.
-    """
-
-    def __init__(
-        self, activations: Activations, rows: npt.NDArray[np.int64], batch_rows: int, seed: int
-    ) -> None:
-        self.activations = activations
-        self.rows = rows
-        self.batch_rows = batch_rows
-        self.seed = seed
-        self.cursor = 0
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = rows
-
-    def next(self) -> Tensor:
-        """The next batch, float32 [batch_rows, d_in]."""
-        picked: list[npt.NDArray[np.int64]] = []
-        wanted = self.batch_rows
-        while wanted:
-            epoch, position = divmod(self.cursor, len(self.rows))
-            if epoch != self._epoch:
-                generator = np.random.default_rng([self.seed, epoch])
-                self._order, self._epoch = generator.permutation(self.rows), epoch
-            part = self._order[position : position + wanted]
-            picked.append(part)
-            wanted -= len(part)
-            self.cursor += len(part)
-        return self.activations.gather(np.concatenate(picked))
+    def where(self, row: int) -> str:
+        """The shard's file in the store and the row in it, counted from 0."""
+        index = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        path = self.store.path("activations", self.key, shard_file(index))
+        return f"{path}, row {row - self.offsets[index]}"
 
 
 def shard_file(index: int) -> str:

@@ -1,34 +1,46 @@
 """SAEs: a folder SAELens loads as it is, with how it was trained and a checkpoint to go on from.
 
 `cfg.json`, `sae_weights.safetensors`, `sparsity.safetensors` (SAELens' layout), `training.json`,
-`history.parquet` (columns: `sae_ext.training.HISTORY_COLUMNS`), `checkpoint/state.safetensors`.
-A tuning trial is an SAE like any other, so a promoted trial is not trained again.
+`history.parquet` and `events.parquet` (`sae_ext.training.history`), `checkpoint/state.safetensors`, and
+where they are kept `checkpoints/step-NNNNNNNN/`, SAE folders of earlier steps. A tuning trial is an SAE like
+any other, so a promoted trial is not trained again; so is one that was made elsewhere and taken in.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save as save_tensors
 
 from sae_ext.activations.reader import Activations
 from sae_ext.artefacts import Stage
-from sae_ext.config import SAEConfig, TrainConfig, to_dict
+from sae_ext.config import SAEConfig, TrainConfig, from_dict, to_dict
+from sae_ext.errors import Diverged, UserError
+from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
 from sae_ext.store import Store, table_bytes
-from sae_ext.training import Progress, Trained, train
+from sae_ext.training.history import Line, events_table, history_table
+from sae_ext.training.run import EVALUATION_BATCH, Job, Place, Progress, Trained, train_many
 
 KIND = "saes"
 CHECKPOINT = "checkpoint/state.safetensors"
+CHECKPOINTS = "checkpoints"
 _SPARSITY_FLOOR = 1e-10
 
 
 def stage(sae: SAEConfig, config: TrainConfig, activations: str) -> Stage:
     """An SAE trained on the activations with that key."""
-    return Stage(KIND, {"sae": shape(sae), "train": to_dict(config)}, {"activations": activations})
+    inputs = {"activations": activations}
+    if (begun := sae.architecture.begins_from()) is not None:
+        inputs["pretrained"] = begun
+    return Stage(KIND, {"sae": shape(sae), "train": to_dict(config)}, inputs)
 
 
 def shape(sae: SAEConfig) -> dict[str, Any]:
@@ -46,42 +58,126 @@ def load(store: Store, key: str) -> SAE:
     return SAE.load(folder[0])
 
 
-def train_and_commit(store: Store, stage: Stage) -> Generator[Progress, None, dict[str, Any]]:
-    """Train, or go on from the last checkpoint, and commit; yields progress.
+def train_and_commit(
+    store: Store,
+    stages: Sequence[Stage],
+    *,
+    place: Place = Place(),
+    stop: Callable[[], bool] = lambda: False,
+    on_line: Callable[[int, Line], object] = lambda number, line: None,
+) -> Generator[Progress, None, list[dict[str, Any]]]:
+    """Train on the same activations in one pass, or go on from the last checkpoints, and commit; yields progress.
+
+    Args:
+        on_line: called with an SAE's number and each line of its history.
 
     Returns:
-        The metrics on the validation split.
+        The metrics of each on the validation split; of several workers on one SAE only the first commits.
+
+    Raises:
+        Diverged: a term of some was not finite; the others are committed.
+        UserError, Stopped: as `sae_ext.training.run.train`.
     """
-    activations = Activations(store, stage.inputs["activations"])
-    checkpoint: dict[str, dict[str, Any]] = {}
+    activations = Activations(store, stages[0].inputs["activations"])
+    files: list[dict[str, dict[str, Any]]] = [{} for _ in stages]
+    jobs = [
+        _job(store, stage, files[number], partial(on_line, number))
+        for number, stage in enumerate(stages)
+    ]
+    trained = yield from train_many(activations, jobs, place=place, stop=stop)
+    good = [(s, made, r) for s, made, r in zip(stages, files, trained, strict=True)
+            if not isinstance(r, Diverged)]  # fmt: skip
+    if place.share[0] == 0:
+        for stage, made, result in good:
+            for name, data in _contents(result, activations, stage).items():
+                made[name] = store.put(KIND, stage.key, name, data)
+            extra = {
+                "validation": result.validation,
+                "penalty": result.penalty,
+                "steps": result.steps,
+                "seed": stage.config["train"]["seed"],
+            }
+            stage.commit(store, made, extra)
+    failed = [result for result in trained if isinstance(result, Diverged)]
+    if failed:
+        others = f" ({len(failed)} of {len(trained)} SAEs diverged, the others are done)"
+        raise Diverged(f"{failed[0]}{others if len(trained) > 1 else ''}")
+    return [result.validation for _, _, result in good]
+
+
+def _job(
+    store: Store,
+    stage: Stage,
+    files: dict[str, dict[str, Any]],
+    on_line: Callable[[Line], object],
+) -> Job:
+    """The job of a stage; what it puts into the store is noted in `files`."""
 
     def save(data: bytes) -> None:
-        checkpoint[CHECKPOINT] = store.put(KIND, stage.key, CHECKPOINT, data)
+        files[CHECKPOINT] = store.put(KIND, stage.key, CHECKPOINT, data)
 
     def load_saved() -> bytes | None:
         if not store.has_file(KIND, stage.key, CHECKPOINT):
             return None
-        checkpoint[CHECKPOINT] = store.facts(KIND, stage.key, CHECKPOINT)
-        return store.read(KIND, stage.key, CHECKPOINT)
+        data = store.read(KIND, stage.key, CHECKPOINT)
+        files[CHECKPOINT] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        for name in store.names(KIND, stage.key, CHECKPOINTS):
+            files[name] = store.facts(KIND, stage.key, name)
+        return data
 
-    trained = yield from train(
-        activations,
-        SAEConfig(**stage.config["sae"]),
-        TrainConfig(**stage.config["train"]),
-        load_checkpoint=load_saved,
-        save_checkpoint=save,
-    )
-    files = {
-        name: store.put(KIND, stage.key, name, data)
-        for name, data in _contents(trained, activations, stage).items()
+    def keep(step: int, sae: SAE, seen: dict[str, Any]) -> None:
+        metadata = {"step": step, "l0": seen["l0"], "fvu": seen["fvu"]}
+        for name, data in sae.files(metadata).items():
+            path = f"{CHECKPOINTS}/step-{step:08d}/{name}"
+            files[path] = store.put(KIND, stage.key, path, data)
+
+    return Job(
+        from_dict(SAEConfig, stage.config["sae"]),
+        from_dict(TrainConfig, stage.config["train"]),
+        load_checkpoint=load_saved, save_checkpoint=save, keep=keep, on_line=on_line,
+    )  # fmt: skip
+
+
+def take_in(store: Store, sae: SAE, activations: str) -> tuple[Stage, dict[str, Any]]:
+    """Commit an SAE made elsewhere, judged on the validation rows of some activations.
+
+    Raises:
+        UserError: its width is another, or the validation split is empty.
+    """
+    source = Activations(store, activations)
+    if sae.d_in != source.d_in:
+        raise UserError(
+            f"the SAE reads rows of width {sae.d_in}, but the activations {activations} have {source.d_in}: "
+            "give the activations it was trained for"
+        )
+    rows = source.rows("validation")
+    if len(rows) == 0:
+        raise UserError(
+            f"the validation split of {activations} has no rows: give other activations"
+        )
+    files = sae.files({})
+    digest = hashlib.sha256(b"".join(files[name] for name in SAE.FILES)).hexdigest()
+    stage = Stage(KIND, {"imported": digest[:16]}, {"activations": activations})
+    seen = evaluate(sae, source.in_order(rows, EVALUATION_BATCH))
+    validation = seen.metrics()
+    contents = {
+        **sae.files(metadata(source.manifest.config, validation)),
+        "sparsity.safetensors": save_tensors({"sparsity": _log_density(seen.fired / seen.rows)}),
+        "training.json": json.dumps({"config": stage.config, "validation": validation}).encode(),
+        "history.parquet": table_bytes(history_table([], [])),
+        "events.parquet": table_bytes(events_table([])),
     }
-    stage.commit(store, checkpoint | files, {"validation": trained.validation})
-    return trained.validation
+    stage.commit(
+        store,
+        {name: store.put(KIND, stage.key, name, data) for name, data in contents.items()},
+        {"validation": validation},
+    )
+    return stage, validation
 
 
-def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[str, bytes]:
-    source = activations.manifest.config
-    metadata = {
+def metadata(source: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens wants to know about activations harvested with this configuration, and what was measured."""
+    return {
         "model_name": source["host"]["model"],
         "model_class_name": "AutoModel",
         "hook_name": f"residual_after_block_{source['host']['layer']}",
@@ -90,24 +186,29 @@ def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[
         "prepend_bos": True,  # the host model always reads them; whether their rows are kept differs
         "exclude_special_tokens": source["harvest"]["drop_special_tokens"],
         "dataset_path": source["corpus"]["source"],
-        "activation_clip_rate": trained.validation["clip_rate"],
-        "l0": trained.validation["l0"],
+        "activation_clip_rate": validation["clip_rate"],
+        "l0": validation["l0"],
     }
+
+
+def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[str, bytes]:
     training = {
         "config": stage.config,
         "activations": activations.key,
         "scale": trained.scale,
-        "reduction": "mean over rows; sum over inputs (error) and over features (L1)",
+        "penalty": trained.penalty,
+        "steps": trained.steps,
         "validation": trained.validation,
     }
     return {
-        **trained.sae.files(metadata),
-        "sparsity.safetensors": save_tensors({"sparsity": _log_density(trained)}),
+        **trained.sae.files(metadata(activations.manifest.config, trained.validation)),
+        "sparsity.safetensors": save_tensors({"sparsity": _log_density(trained.density.numpy())}),
         "training.json": json.dumps(training, indent=1, sort_keys=True).encode(),
         "history.parquet": table_bytes(trained.history),
+        "events.parquet": table_bytes(trained.events),
     }
 
 
-def _log_density(trained: Trained) -> torch.Tensor:
+def _log_density(density: npt.NDArray[np.float64]) -> torch.Tensor:
     """log10 of each feature's firing rate on the validation split, as SAELens keeps it."""
-    return torch.log10(trained.density.float() + _SPARSITY_FLOOR)
+    return torch.log10(torch.from_numpy(density).float() + _SPARSITY_FLOOR)

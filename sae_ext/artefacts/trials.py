@@ -10,16 +10,17 @@ import math
 
 from sae_ext.artefacts import Stage
 from sae_ext.artefacts.saes import shape
-from sae_ext.config import SAEConfig, TrainConfig, TuneConfig, to_dict
+from sae_ext.config import SAEConfig, TrainConfig, TuneConfig, to_dict, with_changes
 
 KIND = "trials"
 TRIALS = "trials.parquet"
-_SEARCHED = ("lr", "l1")
+PENALTY = "objective.l1.weight"
+"""Where λ stands in the training's configuration."""
 
 
 def stage(sae: SAEConfig, train: TrainConfig, tune: TuneConfig, activations: str) -> Stage:
     """A search; the learning rate and λ written in the recipe do not count, they are searched."""
-    fixed = {name: value for name, value in to_dict(train).items() if name not in _SEARCHED}
+    fixed = to_dict(with_changes(train, {"lr": 1.0, PENALTY: 1.0}))
     config = {"sae": shape(sae), "train": fixed, "tune": to_dict(tune)}
     return Stage(KIND, config, {"activations": activations})
 

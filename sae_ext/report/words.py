@@ -117,7 +117,8 @@ def uses_language_model(explainer_kind: str | None) -> bool:
 
 def held_out_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and text of every held-out number, the expected ones first and never left out."""
-    return _labelled(_SUMMARY, {k: v for k, v in summary.items() if k != "l0_quantiles"})
+    nested = ("l0_quantiles", "density_histogram")
+    return _labelled(_SUMMARY, {k: v for k, v in summary.items() if k not in nested})
 
 
 def interpretation_rows(interpretation: Mapping[str, Any]) -> list[tuple[str, str]]:

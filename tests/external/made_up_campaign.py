@@ -10,6 +10,7 @@ from safetensors.numpy import save
 from sae_ext.activations.harvest import Plan, ShardData, Unit
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import analyse_shard
+from sae_ext.architectures import ReLU
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes
 from sae_ext.config import (
     AnalyseConfig,
@@ -23,24 +24,31 @@ from sae_ext.config import (
 )
 from sae_ext.corpora import Document
 from sae_ext.interpret.run import interpret_features
+from sae_ext.schedules import Schedule
 from sae_ext.store import Store
+from sae_ext.training.run import run_to_end
+from sae_ext.training.terms import L1, ObjectiveConfig
 
 MODEL = "made-up-model"
 
 _DOCUMENTS, _ROWS_EACH, _D_IN, _DIRECTIONS = 120, 20, 16, 24
 _CORPUS = CorpusConfig(source="made-up.jsonl", validation_percent=20, test_percent=30)
-_SAE = SAEConfig(d_sae=48, clip=20.0)
-_TRAIN = TrainConfig(steps=120, batch_rows=256, lr=0.01, l1=0.5, l1_warmup_steps=20)
+_SAE = SAEConfig(d_sae=48, architecture=ReLU(clip=20.0))
+_TRAIN = TrainConfig(
+    steps=120,
+    batch_rows=256,
+    lr=0.01,
+    objective=ObjectiveConfig(l1=L1(weight=0.5, schedule=Schedule(warmup_steps=20))),
+)
 _ANALYSE = AnalyseConfig(window=10, pool=200)
 _INTERPRET = InterpretConfig(features=5, positives=5, negatives=5)
 
 
 def commit_campaign(store: Store) -> str:
     """Make every artefact of a small campaign; returns the campaign's key."""
-    source = _activations(store)
+    source = commit_activations(store)
     trained = saes.stage(_SAE, _TRAIN, source.key)
-    for _ in saes.train_and_commit(store, trained):
-        pass
+    run_to_end(saes.train_and_commit(store, [trained]))
     found = features.stage(_ANALYSE, source.key, trained.key)
     sae = saes.load(store, trained.key)
     features.commit(store, found, source, sae, analyse_shard(source, sae, _ANALYSE, 0))
@@ -56,7 +64,7 @@ def commit_campaign(store: Store) -> str:
     return campaign.key
 
 
-def _activations(store: Store) -> Activations:
+def commit_activations(store: Store) -> Activations:
     """One shard of rows far from unit scale, each a sum of a few fixed directions."""
     x = _rows()
     exact = x.astype(np.float64)

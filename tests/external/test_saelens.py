@@ -1,4 +1,4 @@
-"""Exported SAEs against SAELens itself: the same numbers there, and the same SAE back."""
+"""SAEs and SAELens itself: the same numbers there for what we write, and here for what it writes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_ext.activations.reader import Activations
+from sae_ext.architectures import Architecture, ReLU, Thresholds, TopK
+from sae_ext.architectures.base import four, initial_weights
 from sae_ext.artefacts import activations, campaigns, saes
 from sae_ext.errors import UserError
-from sae_ext.model import CFG_FILE, SAE, fold_scale, initial_parameters
-from sae_ext.ops import Parameters, SparseCode
+from sae_ext.interchange import saelens
+from sae_ext.model import CFG_FILE, SAE
+from sae_ext.ops import SparseCode
 from sae_ext.store import Manifest, Store
 
 sae_lens = pytest.importorskip(
     "sae_lens", reason="SAELens is not installed: pip install 'sparsemill[external]'"
 )
 
-D_IN, D_SAE, ROWS = 24, 96, 200
+D_IN, D_SAE, ROWS, K = 24, 96, 200, 7
 METADATA = {"model_name": "made-up-model", "hook_name": "residual_after_block_3"}
+THRESHOLD = torch.linspace(-0.2, 1.0, D_SAE, dtype=torch.float64)
+KINDS: dict[str, tuple[Architecture, dict[str, Tensor]]] = {
+    "standard": (ReLU(), {}),
+    "topk": (TopK(k=K), {}),
+    "jumprelu": (Thresholds(), {"threshold": THRESHOLD}),
+}
+DTYPES = [(torch.float32, 1e-6), (torch.float64, 1e-14)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -39,16 +49,22 @@ def dense(code: SparseCode, d_sae: int) -> Tensor:
 
 
 def made_up_sae(
-    *, scale: float = 1.0, clip: float | None = None, dtype: torch.dtype = torch.float32
+    kind: str = "standard",
+    *,
+    scale: float = 1.0,
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> SAE:
-    """Random weights with every part in use, trained on scale·x as it were."""
+    """Random weights with every part in use and decoder rows of many lengths, trained on scale·x as it were."""
     g = torch.Generator().manual_seed(5)
-    b_dec = 0.3 * torch.randn(D_IN, generator=g)
-    start = initial_parameters(D_IN, D_SAE, b_dec, seed=4)
-    start.W_enc_rows += 0.05 * torch.randn(D_SAE, D_IN, generator=g)
-    start.b_enc += 0.2 * torch.randn(D_SAE, generator=g) - 0.3
-    parameters = Parameters(**{k: t.to(dtype) for k, t in start.tensors().items()})
-    return SAE(fold_scale(parameters, scale), clip)
+    weights = initial_weights(D_IN, D_SAE, 0.3 * torch.randn(D_IN, generator=g), seed=4)
+    weights["W_enc_rows"] += 0.05 * torch.randn(D_SAE, D_IN, generator=g)
+    weights["b_enc"] += 0.2 * torch.randn(D_SAE, generator=g) - 0.3
+    weights["W_dec"] *= torch.linspace(0.5, 2.0, D_SAE)[:, None]
+    architecture, more = KINDS[kind]
+    architecture = ReLU(clip=clip) if kind == "standard" else architecture
+    folded = architecture.folded({k: t.to(dtype) for k, t in weights.items()}, scale)
+    return SAE(four(folded), architecture, {k: t.to(dtype) for k, t in more.items()})
 
 
 def rows_for(sae: SAE, scale: float = 1.0) -> Tensor:
@@ -57,133 +73,102 @@ def rows_for(sae: SAE, scale: float = 1.0) -> Tensor:
     return x.to(sae.parameters.W_dec.dtype)
 
 
-def export(sae: SAE, folder: Path) -> Path:
-    for name, data in sae.files(METADATA).items():
-        (folder / name).write_bytes(data)
-    return folder
+def export(sae: SAE, folder: Path, clip_rate: float | None = None) -> Path:
+    saelens.write(sae, folder / "out", METADATA, clip_rate=clip_rate, allow_clip=True)
+    return folder / "out"
 
 
 def opened(folder: Path) -> sae_lens.SAE:
     return sae_lens.SAE.load_from_disk(folder, device="cpu")
 
 
-# -- the same numbers ----------------------------------------------------------------------------
+def reconstruction(sae: SAE, x: Tensor) -> Tensor:
+    return sae.decode(sae.encode(x))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.02, 7.0])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_saelens_computes_what_we_compute(tmp_path, scale, dtype, limit):
-    ours = made_up_sae(scale=scale, dtype=dtype)
-    theirs = opened(export(ours, tmp_path))
-    x = rows_for(ours, scale)
+def assert_computes_the_same(ours: SAE, theirs: sae_lens.SAE, x: Tensor, limit: float) -> None:
     code = ours.encode(x)
     z = dense(code, D_SAE)
-    assert 0.05 < (z > 0).double().mean() < 0.95
+    assert 0.02 < (z > 0).double().mean() < 0.95
     with torch.no_grad():
+        assert torch.equal(theirs.encode(x) > 0, z > 0)
         assert relative_error(theirs.encode(x), z) < limit
         assert relative_error(theirs.decode(z), ours.decode(code)) < limit
         assert relative_error(theirs(x), ours.decode(code)) < limit
-        assert theirs(x).dtype == dtype
+        assert theirs(x).dtype == x.dtype
+
+
+def assert_same_weights(found: SAE, expected: SAE) -> None:
+    assert found.architecture == expected.architecture
+    parts = [{**sae.parameters.tensors(), **sae.more} for sae in (found, expected)]
+    assert parts[0].keys() == parts[1].keys()
+    for name, tensor in parts[0].items():
+        assert tensor.dtype == parts[1][name].dtype
+        assert torch.equal(tensor, parts[1][name]), name
+
+
+# -- what we write -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saelens_holds_our_weights_bit_for_bit(tmp_path, kind, dtype):
+    ours = made_up_sae(kind, dtype=dtype)
+    theirs = opened(export(ours, tmp_path))
+    assert theirs.cfg.architecture() == kind
+    p = ours.parameters
+    expected = {"W_enc": p.W_enc, "b_enc": p.b_enc, "W_dec": p.W_dec, "b_dec": p.b_dec, **ours.more}
+    held = theirs.state_dict()
+    assert held.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert held[name].dtype == dtype
+        assert torch.equal(held[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, 0.02, 7.0])
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+def test_saelens_computes_what_we_compute(tmp_path, kind, scale, dtype, limit):
+    ours = made_up_sae(kind, scale=scale, dtype=dtype)
+    theirs = opened(export(ours, tmp_path))
+    assert_computes_the_same(ours, theirs, rows_for(ours, scale), limit)
 
 
 def test_where_nothing_is_clipped_a_bounded_sae_is_the_same_in_saelens(tmp_path):
     plain = made_up_sae()
     x = rows_for(plain)
-    highest = float(plain.encode(x).val.max())
-    ours = SAE(plain.parameters, clip=1.01 * highest)
+    ours = SAE(plain.parameters, ReLU(clip=1.01 * float(plain.encode(x).val.max())))
+    theirs = opened(export(ours, tmp_path, clip_rate=0.0))
+    assert theirs.cfg.metadata["exact"] is True
     with torch.no_grad():
-        found = opened(export(ours, tmp_path))(x)
-    assert relative_error(found, ours.decode(ours.encode(x))) < 1e-6
+        assert relative_error(theirs(x), reconstruction(ours, x)) < 1e-6
 
 
 def test_saelens_reads_over_the_clip_which_the_metadata_names(tmp_path):
     ours = made_up_sae(clip=0.8)
-    theirs = opened(export(ours, tmp_path))
     x = rows_for(ours)
+    clipped = dense(ours.encode(x), D_SAE)
+    rate = float((clipped == 0.8).sum() / (clipped > 0).sum())
+    assert rate > 0
+    theirs = opened(export(ours, tmp_path, clip_rate=rate))
     with torch.no_grad():
         z = theirs.encode(x)
-    assert (z > 0.8).any()
+    assert theirs.cfg.metadata["exact"] is False
+    assert theirs.cfg.metadata["activation_clip_rate"] == pytest.approx(rate)
     bound = theirs.cfg.metadata["activation_clip"]
-    assert relative_error(z.clamp(max=bound), dense(ours.encode(x), D_SAE)) < 1e-6
+    assert relative_error(z.clamp(max=bound), clipped) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["standard", "jumprelu"])
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-def test_folding_the_decoder_norms_in_saelens_leaves_the_reconstruction(tmp_path, scale):
-    ours = made_up_sae(scale=scale)
-    ours.parameters.W_dec *= torch.linspace(0.5, 2.0, D_SAE)[:, None]
+def test_folding_the_decoder_norms_in_saelens_leaves_the_reconstruction(tmp_path, kind, scale):
+    ours = made_up_sae(kind, scale=scale)
     theirs = opened(export(ours, tmp_path))
     x = rows_for(ours, scale)
-    with torch.no_grad():
-        before = theirs(x)
-        theirs.fold_W_dec_norm()
-        torch.testing.assert_close(theirs.W_dec.norm(dim=1), torch.ones(D_SAE))
-        assert relative_error(theirs(x), before) < 1e-6
-    assert relative_error(before, ours.decode(ours.encode(x))) < 1e-6
-
-
-# -- there and back ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clip", [None, 2.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_saelens_saves_comes_back_bit_for_bit(tmp_path, clip, dtype):
-    ours = made_up_sae(scale=3.0, clip=clip, dtype=dtype)
-    opened(export(ours, tmp_path)).save_model(tmp_path / "again")
-    back = SAE.load(tmp_path / "again")
-    assert back.clip == clip
-    for name, tensor in ours.parameters.tensors().items():
-        found = back.parameters.tensors()[name]
-        assert found.dtype == dtype
-        assert torch.equal(found, tensor), name
-
-
-def test_an_sae_changed_in_saelens_is_read_as_changed(tmp_path):
-    ours = made_up_sae(scale=3.0)
-    theirs = opened(export(ours, tmp_path))
     theirs.fold_W_dec_norm()
-    theirs.save_model(tmp_path / "again")
-    back = SAE.load(tmp_path / "again")
-    x = rows_for(ours, 3.0)
-    torch.testing.assert_close(back.parameters.W_dec.norm(dim=1), torch.ones(D_SAE))
-    assert relative_error(back.decode(back.encode(x)), ours.decode(ours.encode(x))) < 1e-6
-
-
-def test_an_sae_made_in_saelens_is_read_by_us(tmp_path):
-    theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=D_IN, d_sae=D_SAE))
-    g = torch.Generator().manual_seed(8)
-    for parameter in theirs.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=g) / D_IN**0.5
-    theirs.save_model(tmp_path)
-    ours = SAE.load(tmp_path)
-    assert ours.clip is None
-    x = rows_for(ours)
+    torch.testing.assert_close(theirs.W_dec.norm(dim=1), torch.ones(D_SAE))
     with torch.no_grad():
-        assert relative_error(ours.decode(ours.encode(x)), theirs(x)) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("made", "named"),
-    [
-        (lambda: sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=8, d_sae=16, k=4)), "topk"),
-        (lambda: sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(d_in=8, d_sae=16)), "jumprelu"),
-        (
-            lambda: sae_lens.StandardSAE(
-                sae_lens.StandardSAEConfig(d_in=8, d_sae=16, apply_b_dec_to_input=False)
-            ),
-            "apply_b_dec_to_input is False",
-        ),
-        (
-            lambda: sae_lens.StandardSAE(
-                sae_lens.StandardSAEConfig(d_in=8, d_sae=16, normalize_activations="layer_norm")
-            ),
-            "normalize_activations is 'layer_norm'",
-        ),
-    ],
-)
-def test_an_sae_of_saelens_with_other_equations_is_refused(tmp_path, made, named):
-    made().save_model(tmp_path)
-    with pytest.raises(UserError, match=named):
-        SAE.load(tmp_path)
+        assert relative_error(theirs(x), reconstruction(ours, x)) < 1e-6
 
 
 @pytest.mark.parametrize("field", METADATA)
@@ -193,6 +178,139 @@ def test_what_the_activations_are_survives_the_round_trip(tmp_path, field):
     theirs.save_model(tmp_path / "again")
     cfg = json.loads((tmp_path / "again" / CFG_FILE).read_text())
     assert cfg["metadata"][field] == METADATA[field]
+
+
+# -- what SAELens writes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "clipped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_saelens_saves_comes_back_bit_for_bit(tmp_path, kind, dtype):
+    if kind == "clipped":
+        ours, rate = made_up_sae(scale=3.0, clip=2.5, dtype=dtype), 0.0
+    else:
+        ours, rate = made_up_sae(kind, scale=3.0, dtype=dtype), None
+    opened(export(ours, tmp_path, rate)).save_model(tmp_path / "again")
+    assert_same_weights(saelens.read(tmp_path / "again"), ours)
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu"])
+def test_an_sae_changed_in_saelens_is_read_as_changed(tmp_path, kind):
+    ours = made_up_sae(kind, scale=3.0)
+    theirs = opened(export(ours, tmp_path))
+    theirs.fold_W_dec_norm()
+    theirs.save_model(tmp_path / "again")
+    back = saelens.read(tmp_path / "again")
+    x = rows_for(ours, 3.0)
+    torch.testing.assert_close(back.parameters.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert relative_error(reconstruction(back, x), reconstruction(ours, x)) < 1e-6
+
+
+def randomised(theirs: sae_lens.SAE) -> sae_lens.SAE:
+    """Every parameter random: decoder rows of many lengths, and for thresholds positive ones."""
+    g = torch.Generator().manual_seed(8)
+    for name, parameter in theirs.named_parameters():
+        values = torch.randn(parameter.shape, generator=g) / D_IN**0.5
+        parameter.data = values.abs() if "threshold" in name else values
+    return theirs
+
+
+THEIRS = {
+    "standard": lambda: sae_lens.StandardSAE(sae_lens.StandardSAEConfig(D_IN, D_SAE)),
+    "topk": lambda: sae_lens.TopKSAE(sae_lens.TopKSAEConfig(D_IN, D_SAE, k=K)),
+    "topk, rescaling": lambda: sae_lens.TopKSAE(
+        sae_lens.TopKSAEConfig(D_IN, D_SAE, k=K, rescale_acts_by_decoder_norm=True)
+    ),
+    "jumprelu": lambda: sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(D_IN, D_SAE)),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_an_sae_made_in_saelens_is_read_by_us(tmp_path, kind):
+    theirs = randomised(THEIRS[kind]())
+    theirs.save_model(tmp_path)
+    ours = saelens.read(tmp_path)
+    assert_computes_the_same(ours, theirs, rows_for(ours), 1e-6)
+
+
+def test_rescaling_by_decoder_norms_chooses_other_features():
+    plain, rescaling = (randomised(THEIRS[kind]()) for kind in ("topk", "topk, rescaling"))
+    x = rows_for(made_up_sae())
+    with torch.no_grad():
+        assert not torch.equal(plain.encode(x) > 0, rescaling.encode(x) > 0)
+
+
+def training(name: str, **settings: object) -> sae_lens.TrainingSAE:
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D_IN, d_sae=D_SAE, **settings)
+    return randomised(getattr(sae_lens, f"{name}TrainingSAE")(config))
+
+
+TRAINING = {
+    "standard": lambda: training("Standard", l1_coefficient=0.1),
+    "topk": lambda: training("TopK", k=K),
+    "jumprelu": lambda: training("JumpReLU"),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+@pytest.mark.parametrize("save", ["save_model", "save_inference_model"])
+def test_an_sae_in_training_in_saelens_is_read_as_it_computes(tmp_path, kind, save):
+    theirs = TRAINING[kind]()
+    x = rows_for(made_up_sae())
+    with torch.no_grad():
+        x_hat, fires = theirs(x), theirs.encode(x) > 0
+    getattr(theirs, save)(tmp_path)
+    ours = saelens.read(tmp_path)
+    assert torch.equal(dense(ours.encode(x), D_SAE) > 0, fires)
+    assert relative_error(reconstruction(ours, x), x_hat) < 1e-6
+
+
+def test_a_batchtopk_of_saelens_is_read_where_it_is_saved_for_inference(tmp_path):
+    theirs = training("BatchTopK", k=K)
+    theirs.topk_threshold.fill_(0.4)
+    theirs.save_inference_model(tmp_path / "inference")
+    ours = saelens.read(tmp_path / "inference")
+    assert_computes_the_same(ours, opened(tmp_path / "inference"), rows_for(ours), 1e-6)
+    theirs.save_model(tmp_path / "training")
+    with pytest.raises(UserError, match="save_inference_model"):
+        saelens.read(tmp_path / "training")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_come_from_saelens_without_a_change(tmp_path, dtype):
+    config = sae_lens.StandardSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype=dtype)
+    theirs = randomised(sae_lens.StandardSAE(config)).to(dtype=getattr(torch, dtype))
+    theirs.save_model(tmp_path)
+    ours = saelens.read(tmp_path)
+    assert torch.equal(ours.parameters.W_enc, theirs.W_enc.float())
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (lambda: sae_lens.GatedSAE(sae_lens.GatedSAEConfig(d_in=8, d_sae=16)), "gated"),
+        *(
+            (
+                lambda settings=settings: sae_lens.StandardSAE(
+                    sae_lens.StandardSAEConfig(d_in=8, d_sae=16, **settings)
+                ),
+                named,
+            )
+            for settings, named in [
+                ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input is False"),
+                ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+                (
+                    {"normalize_activations": "expected_average_only_in"},
+                    "normalize_activations is 'expected_average_only_in'",
+                ),
+            ]
+        ),
+    ],
+)
+def test_an_sae_of_saelens_with_other_equations_is_refused(tmp_path, made, named):
+    made().save_model(tmp_path)
+    with pytest.raises(UserError, match=named):
+        saelens.read(tmp_path)
 
 
 # -- a campaign's export -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,13 @@ def refused(command, *needles: str) -> None:
         ({"train": {"stepz": 1}}, ["'train.stepz'", "did you mean 'train.steps'?"]),
         ({"train": {"steps": "many"}}, ["train.steps", "integer", "'many'"]),
         ({"train": {"lr": -1}}, ["train.lr must be positive"]),
+        ({"train": {"steps": 150}}, ["train.objective.l1.schedule", "150 steps", "shorten it"]),
+        ({"train": {"l1": 2.7}}, ["'train.l1'", "did you mean 'train.objective.l1'?"]),
+        (
+            {"train": {"objective": {"l1": None}}, "tune": {"trials": 8}},
+            ["tune searches λ", "train.objective.l1"],
+        ),
+        ({"sae": {"architecture": {"kind": "topkk"}}}, ["sae.architecture.kind must be", "topk"]),
         ({"host": {"model": "package:no-such-model"}}, ["no-such-model", "pip install"]),
         ({"host": {"model": "./no-such-folder"}}, ["no-such-folder", "does not exist"]),
         ({"host": {"layer": 40}}, ["host.layer is 40", "6 blocks"]),
@@ -41,6 +49,34 @@ def test_a_bad_recipe_is_refused_before_anything_starts(
     store = tmp_path / "store"
     refused(sparsemill("run", str(recipe_file(**changes)), "--store", str(store)), *needles)
     assert not list(store.glob("activations/*"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed"
+)
+def test_tensorboard_that_is_not_installed_is_told_before_anything_starts(
+    sparsemill, recipe_file, tmp_path
+):
+    path = recipe_file(resources={"tensorboard": str(tmp_path / "runs")})
+    command = sparsemill("run", str(path), "--store", str(tmp_path / "store"))
+    refused(command, "tensorboard", "pip install")
+    assert not list((tmp_path / "store").glob("activations/*"))
+
+
+@pytest.mark.parametrize(
+    ("resources", "needles"),
+    [
+        ({"train_gpus": 64}, ["64 GPUs", "resources.train_gpus"]),
+        ({"train_workers": 999, "train_cpus": 1}, ["999 workers", "resources.train_workers"]),
+    ],
+)
+def test_more_than_ray_will_ever_have_is_refused_instead_of_waited_for(
+    finished, sparsemill, recipe_file, tmp_path, resources, needles
+):
+    store = tmp_path / "store"
+    shutil.copytree(finished["store"] / "activations", store / "activations")
+    path = recipe_file(resources=resources)
+    refused(sparsemill("run", str(path), "--store", str(store)), *needles)
 
 
 def test_an_unknown_hub_id_without_a_network_names_what_would_do(sparsemill, recipe_file, tmp_path):
@@ -150,7 +186,10 @@ def test_without_compiled_kernels_the_run_goes_on_with_one_warning(
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sae_ext._C'] = None\n")
     store = tmp_path / "store"
     shutil.copytree(finished["store"] / "activations", store / "activations")
-    path = recipe_file(train={"steps": 40})
+    schedule = {"warmup_steps": 20}
+    path = recipe_file(
+        train={"steps": 40, "lr_schedule": schedule, "objective": {"l1": {"schedule": schedule}}}
+    )
     command = sparsemill(
         "run", str(path), "--store", str(store), env={"PYTHONPATH": str(Path(tmp_path))}
     )

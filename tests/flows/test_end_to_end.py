@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
@@ -51,7 +53,7 @@ def test_a_second_identical_run_does_no_work_and_starts_no_ray(finished, sparsem
 
 
 def test_another_lambda_shares_the_harvest(finished, sparsemill, recipe_file):
-    path = recipe_file(train={"l1": 1.0})
+    path = recipe_file(train={"objective": {"l1": {"weight": 1.0}}})
     command = sparsemill("run", str(path), "--store", str(finished["store"]))
     assert command.wait() == 0, command.output
     assert command.output.count("found") == 1
@@ -115,10 +117,29 @@ def test_ctrl_c_ends_everything_in_seconds_and_the_same_command_resumes(
     assert digests(store).items() <= finished["digests"].items()
 
 
+def test_ctrl_c_between_two_checkpoints_loses_no_step(finished, sparsemill, recipe_file, tmp_path):
+    """Nothing is saved by itself before the last step, so what is there was saved because of the signal."""
+    store = tmp_path / "store"
+    shutil.copytree(finished["store"] / "activations", store / "activations")
+    path = recipe_file(train={"steps": 20_000, "batch_rows": 8192, "checkpoint_every": 20_000})
+    command = sparsemill("run", str(path), "--store", str(store))
+    command.until(lambda: re.search(r"^train +[1-9][\d,]*/20,000", command.output, re.MULTILINE))
+    stop(command, signal.SIGINT)
+    assert command.process.returncode == 2
+    assert "stopped:" in command.lines[-1]
+    assert command.left_running() == []
+    assert training_begun(store), "a checkpoint was saved"
+    assert not list(store.glob("saes/*/manifest.json"))
+
+
 def test_a_search_keeps_a_ledger_resumes_and_ends_with_the_best_trial(
     finished, sparsemill, tmp_path, recipe_file
 ):
-    path = recipe_file(tune={"steps": 100, "l0_band": [1, 60], "l1": [0.5, 20]})
+    schedule = {"warmup_steps": 50}
+    path = recipe_file(
+        tune={"steps": 100, "l0_band": [1, 60], "l1": [0.5, 20]},
+        train={"lr_schedule": schedule, "objective": {"l1": {"schedule": schedule}}},
+    )
     store = finished["store"]
     arguments = ("tune", str(path), "--trials", "4", "--parallel", "2", "--store", str(store))
     ledger = sqlite3.connect(store / ".state/ledger.sqlite", timeout=10)
@@ -147,4 +168,7 @@ def test_a_search_keeps_a_ledger_resumes_and_ends_with_the_best_trial(
     assert len({(row["lr"], row["l1"]) for row in table}) == 4
     newest = Store(str(store)).manifest("campaigns", Store(str(store)).list("campaigns")[0])
     trained = Store(str(store)).manifest("saes", newest.inputs["saes"]).config["train"]
-    assert (trained["lr"], trained["l1"]) == (best["lr"], best["l1"])
+    assert (trained["lr"], trained["objective"]["l1"]["weight"]) == (best["lr"], best["l1"])
+    assert trained["steps"] == 400
+    trial = Store(str(store)).manifest("saes", best["sae"]).config["train"]
+    assert trial == {**trained, "steps": 100}

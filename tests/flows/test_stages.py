@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flows import stages
-from flows.recipe import Recipe, parse
+from flows.recipe import Recipe, Resources, parse
 from sae_ext.artefacts import Stage
 from sae_ext.store import Store
 
@@ -88,30 +88,57 @@ def test_an_unfinished_search_is_the_last_stage_that_is_known(store, recipe):
 
 
 def test_after_a_search_the_winners_values_are_trained_with(store, recipe):
-    made = recipe(tune=SEARCH, train={"steps": 70, "lr": 0.5})
+    schedule = {"warmup_steps": 70}
+    written = {"steps": 700, "lr": 0.5, "objective": {"l1": {"schedule": schedule}}}
+    made = recipe(tune=SEARCH, train=written)
     for stage in stages.all_of(made, store):
         commit(store, stage)
     assert not stages.pending(made, store)
     (sae,) = (s for s in stages.all_of(made, store) if s.kind == "saes")
-    assert (sae.config["train"]["lr"], sae.config["train"]["l1"]) == (0.0123, 4.56)
-    assert sae.config["train"]["steps"] == 70
+    trained = sae.config["train"]
+    assert (trained["lr"], trained["objective"]["l1"]["weight"]) == (0.0123, 4.56)
+    assert trained["steps"] == 700
+    assert trained["objective"]["l1"]["schedule"]["warmup_steps"] == 70
     (campaign,) = (s for s in stages.all_of(made, store) if s.kind == "campaigns")
     assert "trials" in campaign.inputs
-    plain = recipe(train={"steps": 70, "lr": 0.0123, "l1": 4.56})
+    found = {"weight": 4.56, "schedule": schedule}
+    plain = recipe(train={"steps": 700, "lr": 0.0123, "objective": {"l1": found}})
     assert sae.key in [s.key for s in stages.all_of(plain, store)]
 
 
 def test_a_finished_campaign_is_not_finished_under_another_recipe(store, recipe):
     for stage in stages.all_of(recipe(), store):
         commit(store, stage)
-    for other in ({"train": {"seed": 1}}, {"interpret": {"features": 7}}, {"name": "m"}):
+    for other in (
+        {"train": {"seed": 1}},
+        {"train": {"objective": {"auxk": {}}}},
+        {"sae": {"architecture": {"kind": "jumprelu"}}},
+        {"interpret": {"features": 7}},
+        {"name": "m"},
+    ):
         assert stages.pending(recipe(**other), store)
+
+
+ELSEWHERE = {
+    "workers": 7,
+    "cpus_per_worker": 2,
+    "train_cpus": 3,
+    "train_gpus": 0.5,
+    "train_workers": 4,
+    "train_readers": 0,
+    "tensorboard": "runs",
+    "ray_address": "head:6379",
+}
+
+
+def test_every_field_of_the_resources_is_one_of_those_below():
+    assert set(ELSEWHERE) == set(Resources.model_fields)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"resources": {"workers": 7, "train_cpus": 3}}, {"store": "elsewhere"}],
-    ids=["resources", "store"],
+    [{"store": "elsewhere"}, *({"resources": {name: value}} for name, value in ELSEWHERE.items())],
+    ids=["store", *ELSEWHERE],
 )
 def test_where_and_with_what_work_is_done_changes_no_key(store, recipe, change):
     before, after = (list(stages.all_of(r, store)) for r in (recipe(), recipe(**change)))
@@ -123,7 +150,9 @@ def test_where_and_with_what_work_is_done_changes_no_key(store, recipe, change):
     [
         ({"interpret": {"seed": 1}}, 3),
         ({"analyse": {"window": 9}}, 2),
-        ({"train": {"l1": 9.0}}, 1),
+        ({"train": {"objective": {"l1": {"weight": 9.0}}}}, 1),
+        ({"train": {"lr_schedule": {"warmup_steps": 9}}}, 1),
+        ({"sae": {"architecture": {"kind": "relu", "clip": 9.0}}}, 1),
         ({"harvest": {"dtype": "float32"}}, 0),
     ],
 )

@@ -21,6 +21,7 @@ from sae_ext.activations.harvest import Plan, ShardData, Unit, harvest_unit
 from sae_ext.activations.harvest import plan as make_plan
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import analyse_shard
+from sae_ext.architectures import ReLU
 from sae_ext.artefacts import (
     Stage,
     activations,
@@ -37,11 +38,14 @@ from sae_ext.config import (
     InterpretConfig,
     SAEConfig,
     TrainConfig,
+    to_dict,
 )
 from sae_ext.corpora import Document
 from sae_ext.host import Host, load_tokenizer, resolve, width
 from sae_ext.interpret.run import interpret_features
+from sae_ext.schedules import Schedule
 from sae_ext.store import Store
+from sae_ext.training.terms import L1, ObjectiveConfig
 
 # How long an example takes says nothing where other programs share the cores.
 settings.register_profile("no deadline", deadline=None)
@@ -219,7 +223,7 @@ def run_pipeline(root: Path, configs: Configs, host: Host) -> Pipeline:
     activations.commit(store, first, plan, {"computing": 1.0})
 
     second = saes.stage(configs.sae, configs.train, first.key)
-    exhaust(saes.train_and_commit(store, second))
+    exhaust(saes.train_and_commit(store, [second]))
 
     source, sae = Activations(store, first.key), saes.load(store, second.key)
     third = features.stage(configs.analyse, first.key, second.key)
@@ -239,7 +243,7 @@ def run_pipeline(root: Path, configs: Configs, host: Host) -> Pipeline:
 
     stages = {stage.kind: stage for stage in (first, second, third, fourth)}
     keys = {kind: stage.key for kind, stage in stages.items()}
-    recipe = {name: vars(part) for name, part in vars(configs).items()}
+    recipe = {name: to_dict(part) for name, part in vars(configs).items()}
     last = campaigns.stage("tiny", recipe, keys)
     campaigns.commit(store, last)
     return Pipeline(store, configs, stages | {last.kind: last})
@@ -251,9 +255,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: 
         corpus=CorpusConfig(source=str(corpus_file), validation_percent=20, test_percent=30),
         host=HostConfig(layer=2, max_tokens=24),
         harvest=HarvestConfig(shard_mb=0.4, batch_tokens=512),
-        sae=SAEConfig(d_sae=64, clip=30.0),
+        sae=SAEConfig(d_sae=64, architecture=ReLU(clip=30.0)),
         train=TrainConfig(
-            steps=120, batch_rows=128, l1=3.0, lr=3e-3, checkpoint_every=60, log_every=20
+            steps=120,
+            batch_rows=128,
+            objective=ObjectiveConfig(l1=L1(weight=3.0, schedule=Schedule(warmup_steps=60))),
+            lr=3e-3,
+            checkpoint_every=60,
+            log_every=20,
         ),
         analyse=AnalyseConfig(window=4, top_k=6, sample=48, pool=200),
         interpret=InterpretConfig(features=12, examples=6, positives=8, negatives=8),

@@ -18,6 +18,7 @@ from sae_ext.analysis import (
     histogram_edges,
     label_names,
 )
+from sae_ext.architectures import ReLU
 from sae_ext.config import AnalyseConfig, CorpusConfig
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
@@ -32,7 +33,7 @@ COUNTS = [6, 9, 3, 12, 5, 7] * 6
 def sae() -> SAE:
     parameters = made_up(8, D_SAE, bias=-0.5)
     parameters.b_enc[NEVER] = -1e3
-    return SAE(parameters, clip=2.0)
+    return SAE(parameters, ReLU(clip=2.0))
 
 
 @pytest.fixture(scope="module")

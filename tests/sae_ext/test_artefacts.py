@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,8 +14,9 @@ from safetensors.torch import load as load_tensors
 
 from sae_ext.activations.harvest import Plan, Unit
 from sae_ext.activations.reader import Activations, provenance_file, shard_file
-from sae_ext.artefacts import activations, campaigns, features, interpretations, saes, trials
-from sae_ext.artefacts.trials import objective
+from sae_ext.architectures import ReLU, TopK
+from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
+from sae_ext.artefacts.trials import PENALTY, objective
 from sae_ext.config import (
     AnalyseConfig,
     CorpusConfig,
@@ -28,10 +28,15 @@ from sae_ext.config import (
     TuneConfig,
     with_changes,
 )
-from sae_ext.errors import CorruptArtefact, UserError
+from sae_ext.errors import CorruptArtefact, Stopped, UserError
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
-from sae_ext.store import Store
+from sae_ext.schedules import Schedule
+from sae_ext.store import STAGE_VERSIONS, Store
+from sae_ext.training.config import RevivalConfig
+from sae_ext.training.history import COLUMNS, EVENT_COLUMNS
+from sae_ext.training.run import Place
+from sae_ext.training.terms import L1, AuxK, ObjectiveConfig
 
 CHAIN = ("activations", "saes", "features", "interpretations", "campaigns")
 
@@ -143,11 +148,22 @@ AFTER_SAE = {"saes", "features", "interpretations", "campaigns"}
         ("harvest", {"dtype": "float32"}, AFTER_ACTIVATIONS),
         ("harvest", {"drop_special_tokens": False}, AFTER_ACTIVATIONS),
         ("sae", {"d_sae": 7}, {*AFTER_SAE, "trials"}),
-        ("sae", {"clip": 7.0}, {*AFTER_SAE, "trials"}),
-        ("train", {"steps": 7}, {*AFTER_SAE, "trials"}),
+        ("sae", {"architecture": ReLU(clip=7.0)}, {*AFTER_SAE, "trials"}),
+        ("sae", {"architecture": TopK(k=7)}, {*AFTER_SAE, "trials"}),
+        ("sae", {"decoder": "free"}, {*AFTER_SAE, "trials"}),
+        ("sae", {"d_in": 7}, set()),
+        ("train", {"steps": 700}, {*AFTER_SAE, "trials"}),
         ("train", {"seed": 7}, {*AFTER_SAE, "trials"}),
         ("train", {"lr": 0.7}, AFTER_SAE),
-        ("train", {"l1": 0.7}, AFTER_SAE),
+        ("train", {"objective": ObjectiveConfig(l1=L1(weight=0.7))}, AFTER_SAE),
+        (
+            "train",
+            {"objective": ObjectiveConfig(l1=L1(schedule=Schedule(warmup_steps=7)))},
+            {*AFTER_SAE, "trials"},
+        ),
+        ("train", {"objective": ObjectiveConfig(auxk=AuxK())}, {*AFTER_SAE, "trials"}),
+        ("train", {"lr_schedule": Schedule()}, {*AFTER_SAE, "trials"}),
+        ("train", {"revival": RevivalConfig(every=7)}, {*AFTER_SAE, "trials"}),
         ("tune", {"trials": 9}, {"trials"}),
         ("tune", {"lr": (1e-5, 1e-4)}, {"trials"}),
         ("analyse", {"window": 7}, {"features", "interpretations", "campaigns"}),
@@ -249,8 +265,18 @@ def test_how_an_sae_was_trained_stands_beside_it(pipeline):
     assert training["config"] == json.loads(json.dumps(pipeline.stages["saes"].config))
     assert training["activations"] == pipeline.key("activations")
     assert training["validation"] == store.manifest("saes", key).extra["validation"]
+    extra = store.manifest("saes", key).extra
+    assert training["penalty"] == extra["penalty"] == 3.0
+    assert training["steps"] == extra["steps"] == 120
+    assert extra["seed"] == 0
     history = store.read_table("saes", key, "history.parquet")
-    assert history["step"].to_pylist()[-1] == 120
+    assert tuple(history.column_names) == COLUMNS
+    assert history["step"].to_pylist() == [20, 40, 60, 80, 100, 120]
+    checked = [value is not None for value in history["validation_fvu"].to_pylist()]
+    assert checked == [False, False, True, False, False, True]
+    events = store.read_table("saes", key, "events.parquet")
+    assert events.schema.equals(EVENT_COLUMNS)
+    assert events.num_rows == 0
 
 
 def test_a_loaded_sae_is_the_one_that_was_trained(pipeline):
@@ -279,24 +305,122 @@ def test_a_lost_weight_file_is_made_again_from_the_checkpoint_alone(copied, run_
     stage = copied.stages["saes"]
     before = copied.store.manifest("saes", stage.key)
     copied.store.remove("saes", stage.key, "sae_weights.safetensors")
-    progress, validation = run_to_end(saes.train_and_commit(copied.store, stage))
+    progress, validation = run_to_end(saes.train_and_commit(copied.store, [stage]))
     assert progress == []
     assert stage.done(copied.store)
     assert copied.store.manifest("saes", stage.key).files == before.files
-    assert validation == before.extra["validation"]
+    assert validation == [before.extra["validation"]]
 
 
 def test_a_killed_training_goes_on_from_the_stored_checkpoint(pipeline, copied, run_to_end):
     stage = copied.stages["saes"]
     shutil.rmtree(copied.store.path("saes", stage.key))
-    killed = saes.train_and_commit(copied.store, stage)
+    killed = saes.train_and_commit(copied.store, [stage])
     while next(killed).step < 80:
         assert not stage.done(copied.store)
     killed.close()
-    progress, _ = run_to_end(saes.train_and_commit(copied.store, stage))
+    progress, _ = run_to_end(saes.train_and_commit(copied.store, [stage]))
     assert [p.step for p in progress] == [80, 100, 120]
     one, two = (p.store.manifest("saes", stage.key) for p in (pipeline, copied))
     assert one.digest == two.digest
+
+
+def test_a_training_that_is_asked_to_stop_keeps_where_it_is_and_goes_on_from_there(
+    pipeline, copied, run_to_end
+):
+    stage = copied.stages["saes"]
+    shutil.rmtree(copied.store.path("saes", stage.key))
+    lines: list[float] = []
+    stopped = saes.train_and_commit(
+        copied.store, [stage], stop=lambda: len(lines) == 2,
+        on_line=lambda number, line: lines.append(line["step"]),
+    )  # fmt: skip
+    with pytest.raises(Stopped, match="after step 40; a checkpoint is saved"):
+        run_to_end(stopped)
+    assert not stage.done(copied.store)
+    progress, _ = run_to_end(saes.train_and_commit(copied.store, [stage]))
+    assert [p.step for p in progress] == [60, 80, 100, 120]
+    one, two = (p.store.manifest("saes", stage.key) for p in (pipeline, copied))
+    assert one.digest == two.digest
+
+
+@pytest.fixture
+def small(pipeline):
+    """An SAE of a few steps on the pipeline's activations, with some changes."""
+
+    def small(**changes: object) -> Stage:
+        schedule = Schedule(warmup_steps=5)
+        config = TrainConfig(
+            steps=12, batch_rows=64, log_every=4, checkpoint_every=6, lr_schedule=schedule,
+            objective=ObjectiveConfig(l1=L1(schedule=schedule)), **changes,
+        )  # fmt: skip
+        return saes.stage(SAEConfig(d_sae=32), config, pipeline.key("activations"))
+
+    return small
+
+
+def test_saes_trained_in_one_pass_are_those_trained_alone(copied, small, run_to_end):
+    stages = [small(seed=seed) for seed in range(3)]
+    stages[2] = small(seed=2, keep_checkpoints=True)
+    run_to_end(saes.train_and_commit(copied.store, [stages[1]]))
+    alone = copied.store.manifest("saes", stages[1].key)
+    shutil.rmtree(copied.store.path("saes", stages[1].key))
+    lines: list[tuple[int, float]] = []
+    progress, validation = run_to_end(
+        saes.train_and_commit(
+            copied.store, stages, on_line=lambda number, line: lines.append((number, line["step"]))
+        )
+    )
+    assert lines == [(p.number, p.step) for p in progress]
+    assert sorted(lines) == [(n, step) for n in range(3) for step in (4, 6, 8, 12)]
+    assert copied.store.manifest("saes", stages[1].key).digest == alone.digest
+    found = [copied.store.manifest("saes", stage.key) for stage in stages]
+    assert len({m.files["sae_weights.safetensors"]["sha256"] for m in found}) == 3
+    assert [m.extra["validation"] for m in found] == validation
+    assert [m.extra["seed"] for m in found] == [0, 1, 2]
+
+
+def test_kept_checkpoints_are_saes_of_earlier_steps_and_outlive_a_kill(copied, small, run_to_end):
+    stage = small(keep_checkpoints=True)
+    killed = saes.train_and_commit(copied.store, [stage])
+    while next(killed).step < 8:
+        pass
+    killed.close()
+    run_to_end(saes.train_and_commit(copied.store, [stage]))
+    assert stage.done(copied.store)
+    files = copied.store.manifest("saes", stage.key).files
+    folders = {name.rsplit("/", 1)[0] for name in files if name.startswith("checkpoints/")}
+    assert folders == {"checkpoints/step-00000006", "checkpoints/step-00000012"}
+    history = copied.store.read_table("saes", stage.key, "history.parquet").to_pylist()
+    at_6 = next(line for line in history if line["step"] == 6)
+    root = Path(copied.store.path("saes", stage.key))
+    early, late = (SAE.load(root / folder) for folder in sorted(folders))
+    metadata = json.loads((root / "checkpoints/step-00000006/cfg.json").read_text())["metadata"]
+    told = {name: metadata[name] for name in ("step", "l0", "fvu")}
+    assert told == {"step": 6, "l0": at_6["validation_l0"], "fvu": at_6["validation_fvu"]}
+    last = saes.load(copied.store, stage.key)
+    assert torch.equal(late.parameters.W_dec, last.parameters.W_dec)
+    assert not torch.equal(early.parameters.W_dec, last.parameters.W_dec)
+    source = Activations(copied.store, copied.key("activations"))
+    seen = evaluate(early, [source.gather(source.rows("validation"))]).metrics()
+    assert seen["fvu"] == pytest.approx(told["fvu"], rel=1e-5)
+
+
+def test_how_the_work_is_spread_is_no_part_of_the_result(copied, small, run_to_end):
+    stage = small()
+    found = []
+    for readers in (0, 3):
+        place = Place(readers=readers)
+        run_to_end(saes.train_and_commit(copied.store, [stage], place=place))
+        found.append(copied.store.manifest("saes", stage.key).digest)
+        shutil.rmtree(copied.store.path("saes", stage.key))
+    assert found[0] == found[1]
+
+
+def test_a_search_needs_a_penalty_to_search(small):
+    train = TrainConfig(objective=ObjectiveConfig(l1=None))
+    with pytest.raises(UserError, match="there is no l1"):
+        trials.stage(SAEConfig(), train, TuneConfig(), "k")
 
 
 # -- features ------------------------------------------------------------------------------------
@@ -438,8 +562,21 @@ def test_outside_the_band_further_away_is_worse(further):
 
 def test_the_search_does_not_depend_on_what_it_searches():
     fixed = trials.stage(SAEConfig(), TrainConfig(), TuneConfig(), "k")
-    moved = trials.stage(
-        SAEConfig(), with_changes(TrainConfig(), {"lr": 0.5, "l1": 9.0}), TuneConfig(), "k"
-    )
-    assert fixed.key == moved.key
-    assert np.isin(["lr", "l1"], list(fixed.config["train"])).sum() == 0
+    moved = with_changes(TrainConfig(), {"lr": 0.5, PENALTY: 9.0})
+    assert moved.objective.l1 == L1(weight=9.0)
+    assert trials.stage(SAEConfig(), moved, TuneConfig(), "k").key == fixed.key
+
+
+@pytest.mark.parametrize("kind", ["saes", "trials"])
+def test_artefacts_of_the_training_before_this_one_are_not_taken_for_new_ones(kind, monkeypatch):
+    def key() -> str:
+        stages = {
+            "saes": saes.stage(SAEConfig(), TrainConfig(), "k"),
+            "trials": trials.stage(SAEConfig(), TrainConfig(), TuneConfig(), "k"),
+        }
+        return stages[kind].key
+
+    assert STAGE_VERSIONS[kind] == 2
+    now = key()
+    monkeypatch.setitem(STAGE_VERSIONS, kind, 1)
+    assert key() != now

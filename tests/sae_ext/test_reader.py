@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from safetensors.numpy import save
 from sae_ext import corpora
 from sae_ext.activations.reader import (
     Activations,
-    ShuffledRows,
     map_tensor,
     provenance_file,
     row_statistics,
@@ -37,10 +38,6 @@ def numbered(tmp_path_factory, put_activations) -> Activations:
     """100 rows of width 1, each holding its own number."""
     x = np.arange(100, dtype=np.float32)[:, None]
     return put_activations(tmp_path_factory.mktemp("n"), x, [10] * 10, documents_per_shard=3)
-
-
-def seen(sampler: ShuffledRows, batches: int) -> list[int]:
-    return torch.cat([sampler.next() for _ in range(batches)]).flatten().int().tolist()
 
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -68,6 +65,80 @@ def test_half_precision_rows_are_gathered_as_float32_without_loss(made):
     found = activations.gather(order)
     assert found.dtype == torch.float32
     assert (found.numpy() == x[order].astype(np.float32)).all()
+
+
+def test_there_are_no_rows_before_the_first_and_behind_the_last(made):
+    _, activations = made
+    for row in (-1, 30):
+        with pytest.raises(IndexError, match="0 to 29"):
+            activations.gather(np.array([3, row]))
+
+
+def test_rows_can_be_gathered_by_many_threads_at_once_and_a_shard_is_checked_once(
+    made, monkeypatch
+):
+    x, activations = made
+    checked = []
+    local = activations.store.local
+
+    def slow(*arguments, **options):
+        checked.append(arguments[-1])
+        time.sleep(0.01)
+        return local(*arguments, **options)
+
+    monkeypatch.setattr(activations.store, "local", slow)
+    orders = [np.random.default_rng(i).permutation(30) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for order, found in zip(orders, pool.map(activations.gather, orders), strict=True):
+            assert (found.numpy() == x[order].astype(np.float32)).all()
+    assert sorted(checked) == [shard_file(i) for i in range(3)]
+
+
+def test_a_message_can_name_the_file_and_the_row_in_it(made):
+    _, activations = made
+    places = {0: (0, 0), 7: (0, 7), 8: (1, 0), 14: (1, 6), 29: (2, 14)}
+    for row, (shard, inside) in places.items():
+        path = activations.store.path("activations", activations.key, shard_file(shard))
+        assert activations.where(row) == f"{path}, row {inside}"
+
+
+# -- columns -------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_label_of_its_document(tmp_path, put_activations):
+    labels = [f"topic {i % 3}" for i in range(9)]
+    x = np.zeros((30, 1), np.float32)
+    activations = put_activations(tmp_path, x, COUNTS, documents_per_shard=3, labels=labels)
+    expected = np.repeat(labels, COUNTS)
+    for rows in (np.arange(30), np.array([29, 3, 3, 0]), np.arange(0)):
+        assert activations.column("label", rows).tolist() == expected[rows].tolist()
+    assert activations.column("n_rows", np.array([0, 3])).tolist() == [3, 5]
+    assert activations.column("n_rows", np.array([0])).dtype == np.int32
+
+
+def test_a_missing_label_is_refused_only_where_it_is_asked_for(tmp_path, put_activations):
+    labels = ["a", "a", "", "b", "", "b", "", "a", "a"]
+    x = np.zeros((30, 1), np.float32)
+    activations = put_activations(tmp_path, x, COUNTS, documents_per_shard=3, labels=labels)
+    labelled = np.flatnonzero(np.repeat(labels, COUNTS) != "")
+    assert set(activations.column("label", labelled)) == {"a", "b"}
+    told = (
+        "'label' of activations/.* has no value for document 'd2' and 2 more: give every document"
+    )
+    with pytest.raises(UserError, match=told):
+        activations.column("label", np.arange(30))
+    with pytest.raises(UserError, match="no value for document 'd6': give"):
+        activations.column("label", np.array([15, 16, 20]))
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(made):
+    _, activations = made
+    told = "have no column 'topic': choose from doc_id, text, label, bucket, n_rows"
+    with pytest.raises(UserError, match=told):
+        activations.column("topic", np.arange(3))
+
+
+# -- rows by split and their statistics ----------------------------------------------------------
 
 
 def test_rows_in_order_come_in_batches_with_a_shorter_last_one(made):
@@ -193,42 +264,3 @@ def test_activations_that_are_not_there_are_a_user_error(made):
     _, activations = made
     with pytest.raises(UserError, match="activations/none is not in the store"):
         Activations(activations.store, "none")
-
-
-# -- batches in random order ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_rows", [1, 7, 10, 64])
-def test_every_epoch_is_a_permutation_of_the_rows(numbered, batch_rows):
-    rows = np.arange(20, 84)
-    sampler = ShuffledRows(numbered, rows, batch_rows, seed=3)
-    order = seen(sampler, 3 * 64 // batch_rows)
-    for epoch in range(len(order) // 64):
-        assert sorted(order[epoch * 64 : (epoch + 1) * 64]) == rows.tolist()
-
-
-def test_epochs_and_seeds_give_different_orders(numbered):
-    rows = np.arange(100)
-    order = seen(ShuffledRows(numbered, rows, 100, seed=3), 2)
-    assert order[:100] != order[100:]
-    assert order[:100] != rows.tolist()
-    assert seen(ShuffledRows(numbered, rows, 100, seed=4), 1) != order[:100]
-    assert seen(ShuffledRows(numbered, rows, 100, seed=3), 2) == order
-
-
-@given(st.integers(0, 40), st.integers(1, 33))
-@settings(max_examples=30)
-def test_a_sampler_goes_on_from_its_cursor_as_if_never_stopped(numbered, done, batch_rows):
-    rows = np.arange(5, 60)
-    whole = ShuffledRows(numbered, rows, batch_rows, seed=1)
-    order = seen(whole, done + 4)
-    resumed = ShuffledRows(numbered, rows, batch_rows, seed=1)
-    resumed.cursor = done * batch_rows
-    assert seen(resumed, 4) == order[done * batch_rows :]
-    assert resumed.cursor == whole.cursor
-
-
-def test_a_batch_larger_than_an_epoch_takes_from_several(numbered):
-    order = seen(ShuffledRows(numbered, np.arange(4), 10, seed=0), 1)
-    assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
-    assert len(set(order[8:])) == 2

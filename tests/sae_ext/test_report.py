@@ -320,6 +320,22 @@ def test_validation_points_are_drawn_only_where_they_were_measured():
     assert [len(trace.x) for trace in fvu.data] == [121, 6]
 
 
+def test_curves_of_a_training_without_fvu_or_penalty_but_with_further_terms_are_drawn():
+    """As of an autoencoder with a target of its own, and an objective of other terms."""
+    data = made_up_data()
+    rows = [
+        {**row, "fvu": None, "validation_fvu": None, "l1": 0.0, "auxk": None, "usage": 0.5}
+        for row in data.history.to_pylist()
+    ]
+    schema = SCHEMAS["history"].append(pa.field("auxk", pa.float64()))
+    history = pa.Table.from_pylist(rows, schema.append(pa.field("usage", pa.float64())))
+    drawn = figures.training_figures(history, figures.LIGHT)
+    assert set(drawn) == {"loss", "fvu", "l0", "dead_fraction", "l1", "lr"}
+    assert not any(np.isfinite(np.asarray(t.y, dtype=float)).any() for t in drawn["fvu"].data)
+    assert drawn["loss"].data == figures.training_figures(data.history, figures.LIGHT)["loss"].data
+    assert build_report(made_up_data(history=history))
+
+
 def test_a_curve_that_touches_zero_is_not_drawn_on_a_log_axis():
     rows = made_up_data().history.to_pylist()
     rows[5]["l0"] = 0.0

@@ -1,0 +1,50 @@
+"""Several SAEs in one pass over the activations: a grid of values, seeds among them, compared in one table.
+
+Every SAE ends as it would have alone, under its own key, so a sweep shares what other runs have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect import flow, task
+
+from flows import recipe as recipes
+from flows import session
+from flows.campaign import harvest
+from flows.policy import STAGE
+from flows.recipe import Recipe
+from sae_ext.artefacts import Stage, activations, saes
+
+
+@flow(name="sweep", flow_run_name="{recipe.name} sweep", log_prints=False)
+def sweep(recipe: Recipe, grid: list[dict[str, Any]]) -> list[str]:
+    """Train every point of a grid in one pass; returns the SAEs' keys in its order."""
+    with session.opened(recipe):
+        keys = {activations.KIND: harvest(recipe)}
+        points = [recipes.replaced(recipe, point) for point in grid]
+        return train_together(recipe, points, keys)
+
+
+@task(name="train", task_run_name="train {recipe.name} sweep", **STAGE)
+def train_together(recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]) -> list[str]:
+    """Train what is not in the store yet, in one worker."""
+    run = session.current()
+    wanted = [saes.stage(p.sae, p.train, keys[activations.KIND]) for p in points]
+    missing = [stage for stage in _different(wanted) if not stage.done(run.store)]
+    if missing:
+        for stage in missing:
+            run.store.sweep(stage.kind, stage.key)
+        bar = run.display.bar("sweep")
+        try:
+            run.train(bar, missing, cpus=recipe.resources.train_cpus)
+        except BaseException:
+            bar.abandon()
+            raise
+        bar.finish(f"{len(missing)} SAEs in one pass")
+    return [stage.key for stage in wanted]
+
+
+def _different(wanted: Sequence[Stage]) -> list[Stage]:
+    return list({stage.key: stage for stage in wanted}.values())

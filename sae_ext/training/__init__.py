@@ -1,0 +1,1 @@
+"""Training sparse autoencoders: `sae_ext.training.run` is the place to start reading."""

@@ -1,0 +1,306 @@
+"""Training on real Ray workers: alone, several SAEs at once, two on one SAE, killed and stopped."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from made_up_store import made_up_activations
+from ray.cloudpickle import register_pickle_by_value
+
+from sae_ext.architectures import BatchTopK
+from sae_ext.artefacts import Stage, activations, saes
+from sae_ext.config import (
+    SAEConfig,
+    TrainConfig,
+    with_changes,
+)
+from sae_ext.errors import Stopped, UserError
+from sae_ext.schedules import Schedule
+from sae_ext.store import Store
+from sae_ext.training.run import run_to_end
+from sae_ext.training.terms import L1, ObjectiveConfig
+from workers import pool
+from workers.cluster import Cluster
+from workers.events import Event, Update
+from workers.pool import Job, WorkerDied
+from workers.train import Meeting, Share, TrainWorker
+
+pytestmark = pytest.mark.slow
+SAE = SAEConfig(d_sae=32)
+TRAIN = TrainConfig(
+    steps=160, batch_rows=32, lr=1e-2, lr_schedule=Schedule(kind="linear", warmup_steps=5),
+    objective=ObjectiveConfig(l1=L1(weight=6.0, schedule=Schedule(warmup_steps=8))), dead_rows=64,
+    checkpoint_every=80, log_every=5,
+)  # fmt: skip
+MIDDLE = 100
+"""The step at which trainings are interrupted; the checkpoint before it is that of step 80."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with nothing but the activations."""
+    store = Store.open(str(tmp_path_factory.mktemp("rows")), writable=True)
+    made_up_activations(store)
+    return store
+
+
+@pytest.fixture
+def store(rows: Store, tmp_path: Path) -> Store:
+    """Another such store."""
+    return copied(rows, tmp_path / "store")
+
+
+def copied(store: Store, to: Path) -> Store:
+    shutil.copytree(store.root, to)
+    return Store.open(str(to), writable=True)
+
+
+def stage_of(store: Store, sae: SAEConfig = SAE, **changes: Any) -> Stage:
+    (source,) = store.list(activations.KIND)
+    return saes.stage(sae, with_changes(TRAIN, changes), source)
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Cluster]:
+    register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this file
+    cluster = Cluster()
+    before = set(psutil.Process().children(recursive=True))
+    cluster.wait()
+    yield cluster
+    cluster.stop()
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, 10)
+    assert not alive
+
+
+class Waiting(TrainWorker):
+    """Waits in the middle of a training until it is asked to stop, and tells its process before."""
+
+    def __init__(
+        self, url: str, threads: int, readers: int, board: str | None, waiting: Sequence[int]
+    ) -> None:
+        super().__init__(url, threads, readers, board)
+        self.waiting = waiting
+
+    def train(self, stages: Sequence[Stage], share: Share | None = None) -> Iterator[Event]:
+        waits = (0 if share is None else share.rank) in self.waiting
+        for event in super().train(stages, share):
+            if waits and isinstance(event, Update) and event.done == MIDDLE:
+                yield event._replace(note=f"waiting {os.getpid()}")
+                self.stopping.wait(60)
+            else:
+                yield event
+
+
+class Driver:
+    """One call that trains, and what was seen of its workers."""
+
+    def __init__(self, store: Store, *, members: int = 1, board: Path | None = None) -> None:
+        self.store, self.members = store, members
+        self.board = None if board is None else str(board)
+        self.results: dict[int, Any] = {}
+        self.steps: dict[int, list[float]] = {}
+        self.waiting: dict[int, int] = {}
+        """Processes of the members that wait in the middle."""
+
+    def train(
+        self,
+        *stages: Stage,
+        waiting: Sequence[int] = (),
+        look: Callable[[], object] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train, as a session of a flow does.
+
+        Args:
+            waiting: members that wait in the middle.
+            look: called whenever one of them has begun to.
+        """
+        shares: list[Share | None] = [None]
+        if self.members > 1:
+            meeting = Meeting(self.members)
+            shares = list(meeting.shares())
+
+        def note(job: int, event: Event) -> None:
+            if not isinstance(event, Update):
+                return
+            self.steps.setdefault(job, []).append(event.done)
+            if event.note.startswith("waiting"):
+                self.waiting[job] = int(event.note.split()[1])
+                look()
+
+        pool.run(
+            Waiting,
+            (self.store.url, 1, 1, self.board, waiting),
+            [Job("train", (stages, share)) for share in shares],
+            workers=len(shares),
+            cpus=0.5,
+            on_event=note,
+            on_result=self.results.__setitem__,
+            stop=stop,
+        )
+
+    def all_gone(self) -> bool:
+        """Whether the processes that waited have ended."""
+        alive = [psutil.Process(p) for p in self.waiting.values() if psutil.pid_exists(p)]
+        return not psutil.wait_procs(alive, 10)[1]
+
+
+def files(store: Store, stage: Stage) -> dict[str, str]:
+    """Of every file of a committed SAE, the hash."""
+    return {n: f["sha256"] for n, f in store.manifest(saes.KIND, stage.key).files.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_here: Cluster, rows: Store, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Store]:
+    """A store in which that many workers have trained the SAE without any interruption."""
+
+    @functools.cache
+    def made(members: int) -> Store:
+        store = copied(rows, tmp_path_factory.mktemp("whole") / "store")
+        Driver(store, members=members).train(stage_of(store))
+        return store
+
+    return made
+
+
+def history(store: Store, stage: Stage) -> dict[str, list[float]]:
+    """The columns of the history; NaN where there is no value."""
+    columns = store.read_table(saes.KIND, stage.key, "history.parquet").to_pydict()
+    return {n: [math.nan if v is None else v for v in values] for n, values in columns.items()}
+
+
+# -- alone ---------------------------------------------------------------------------------------
+
+
+def test_a_worker_trains_what_the_library_trains_and_tells_how_far_it_is(ray_here, rows, store):
+    stage, driver = stage_of(store), Driver(store)
+    driver.train(stage)
+    here = copied(rows, Path(store.root).with_name("here"))
+    assert driver.results == {0: run_to_end(saes.train_and_commit(here, [stage]))}
+    assert files(store, stage) == files(here, stage)
+    assert driver.steps == {0: [*range(5, 161, 5)]}
+
+
+def test_several_stages_in_one_call_end_as_each_alone_does(ray_here, rows, store):
+    wanted = [stage_of(store), stage_of(store, seed=1), stage_of(store, steps=60)]
+    driver = Driver(store)
+    driver.train(*wanted)
+    here = copied(rows, Path(store.root).with_name("here"))
+    alone = [run_to_end(saes.train_and_commit(here, [stage]))[0] for stage in wanted]
+    assert driver.results == {0: alone}
+    assert [files(store, stage) for stage in wanted] == [files(here, stage) for stage in wanted]
+    assert driver.steps[0][-1] == 160 + 160 + 60
+    assert driver.steps[0] == sorted(driver.steps[0])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="the package tensorboard is not there"
+)
+def test_tensorboard_finds_every_line_of_the_history_in_a_folder_named_by_the_key(
+    ray_here, store, tmp_path
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage = stage_of(store)
+    Driver(store, members=2, board=tmp_path / "board").train(stage)
+    (folder,) = (tmp_path / "board").iterdir()
+    assert folder.name == stage.key
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    expected = history(store, stage)
+    assert [e.step for e in found.Scalars("loss")] == expected["step"]
+    assert [e.value for e in found.Scalars("loss")] == pytest.approx(expected["loss"])
+    assert len(found.Scalars("validation_fvu")) == 2
+
+
+# -- stopped -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "members"), [("flag", 1), ("ctrl-c", 2)])
+def test_stopped_it_saves_where_it_was_and_the_same_call_ends_the_same(
+    ray_here, store, whole, how, members
+):
+    stage, driver = stage_of(store), Driver(store, members=members)
+
+    def all_wait() -> bool:
+        return len(driver.waiting) == members
+
+    def press() -> None:
+        if all_wait():
+            signal.raise_signal(signal.SIGINT)
+
+    options = {"stop": all_wait} if how == "flag" else {"look": press}
+    with pytest.raises(Stopped if how == "flag" else KeyboardInterrupt):
+        driver.train(stage, waiting=range(members), **options)
+    assert driver.all_gone()
+    assert not stage.done(store)
+
+    again = Driver(store, members=members)
+    again.train(stage)
+    assert again.steps[0][0] == MIDDLE + 5, "it goes on from there, not from step 80"
+    assert files(store, stage) == files(whole(members), stage)
+
+
+# -- together ------------------------------------------------------------------------------------
+
+
+def test_two_workers_find_what_one_does_but_for_rounding(whole):
+    alone, pair = whole(1), whole(2)
+    stage = stage_of(alone)
+    one, two = history(alone, stage), history(pair, stage)
+    assert one.keys() == two.keys()
+    assert two["dead_fraction"] == one["dead_fraction"]
+    assert max(one["dead_fraction"]) > 0
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=1e-4, nan_ok=True), name
+    assert files(alone, stage) != files(pair, stage), "summed in another order"
+    ours, theirs = (saes.load(s, stage.key).parameters.tensors() for s in (alone, pair))
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_killed_is_told_in_seconds_and_the_same_call_ends_the_same(
+    ray_here, store, whole, victim
+):
+    stage, driver = stage_of(store), Driver(store, members=2)
+    killed: list[float] = []
+
+    def kill() -> None:
+        time.sleep(0.5)  # the other waits for this one's sums by then
+        os.kill(driver.waiting[victim], signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    with pytest.raises(WorkerDied):
+        driver.train(stage, waiting=[victim], look=kill)
+    assert time.monotonic() - killed[0] < 20
+    assert driver.all_gone()
+    assert not stage.done(store)
+
+    again = Driver(store, members=2)
+    again.train(stage)
+    assert again.steps[0][0] == 85
+    assert files(store, stage) == files(whole(2), stage)
+
+
+def test_two_workers_do_not_share_what_looks_at_a_whole_batch(ray_here, store):
+    stage = stage_of(
+        store, SAEConfig(d_sae=32, architecture=BatchTopK(k=3)), **{"objective.l1": None}
+    )
+    with pytest.raises(UserError, match=r"sae\.architecture \(BatchTopK\).*train_workers to 1"):
+        Driver(store, members=2).train(stage)
