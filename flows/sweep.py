@@ -34,15 +34,13 @@ def train_together(recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]
     wanted = [saes.stage(p.sae, p.train, keys[activations.KIND]) for p in points]
     missing = [stage for stage in _different(wanted) if not stage.done(run.store)]
     if missing:
-        for stage in missing:
-            run.store.sweep(stage.kind, stage.key)
         bar = run.display.bar("sweep")
         try:
             run.train(bar, missing, cpus=recipe.resources.train_cpus)
         except BaseException:
             bar.abandon()
             raise
-        bar.finish(f"{len(missing)} SAEs in one pass")
+        bar.finish(f"{len(missing)} SAE{'s' * (len(missing) > 1)} in one pass")
     return [stage.key for stage in wanted]
 
 

@@ -16,7 +16,9 @@ from sae_ext.report.data import ReportData
 MISSING = "not computed"
 BASELINE = "baseline:"
 
-_PERCENT = frozenset({"dead_fraction", "dense_fraction", "clip_rate", "coverage"})
+_PERCENT = frozenset(
+    {"dead_fraction", "dense_fraction", "frequent_fraction", "clip_rate", "coverage"}
+)
 _SIGNED = frozenset({"median_lift", "median_lift_ci", "mean_lift"})
 _LABELS = {
     "fvu": "Fraction of variance unexplained (FVU)",
@@ -25,10 +27,14 @@ _LABELS = {
     "cosine": "Cosine of x and x̂",
     "l0": "Active features per row (mean L0)",
     "l1": "Sum of activations per row (mean L1)",
+    "l1_weighted": "The same, each times its decoder row’s length",
+    "shrinkage": "Mean of ‖x̂‖ / ‖x‖",
+    "rows_without_length": "Rows of zeros",
     "relative_reconstruction_bias": "E‖x̂‖² / E[x·x̂] (1 is unbiased)",
     "dead_fraction": "Dead features",
     "dead_rows": "Rows over which dead is counted",
-    "dense_fraction": "Dense features",
+    "dense_fraction": "Dense features (in more than 10 % of rows)",
+    "frequent_fraction": "Frequent features (in more than 1 %)",
     "clip_rate": "Activations at the clip",
     "n_rows": "Held-out rows",
     "median_lift": "Median lift over the shuffled control",

@@ -31,8 +31,9 @@ class RevivalConfig:
     """Part of the run after which `every` stops: late revivals have no time to learn."""
     candidates: int = 8192
     """Rows looked at."""
-    encoder_scale: float = 0.2
-    """Length of a new encoder row, as a share of the living features' mean."""
+    encoder_scale: float | None = None
+    """Length of a new encoder row, as a share of the living features' mean. When absent 0.2, or 1 where a
+    feature has to be among the largest of its row to be active (TopK and its kin)."""
     rewarm_steps: int = 100
     """Steps over which the learning rate comes back from 0 after a revival; 0 leaves it."""
     verify_after: int = 500

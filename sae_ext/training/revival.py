@@ -96,7 +96,10 @@ class Revival:
         lengths = {
             name: weights[name][alive].norm(dim=1).mean() for name in ("W_enc_rows", "W_dec")
         }
-        weights["W_enc_rows"][which] = self.config.encoder_scale * lengths["W_enc_rows"] * direction
+        share = self.config.encoder_scale
+        if share is None:
+            share = 1.0 if learner.architecture.sparse_alone else 0.2
+        weights["W_enc_rows"][which] = share * lengths["W_enc_rows"] * direction
         unit = learner.sae_config.decoder == "unit"
         weights["W_dec"][which] = direction if unit else lengths["W_dec"] * direction
         weights["b_enc"][which] = 0

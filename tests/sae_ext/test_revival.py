@@ -247,6 +247,18 @@ def test_candidates_are_scaled_rows_of_the_training_split(monkeypatch):
 # -- as what -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("architecture", "share"),
+    [(ReLU(), 0.2), (JumpReLU(), 0.2), (TopK(k=3), 1), (BatchTopK(k=3), 1)],
+)
+def test_a_feature_that_must_be_among_the_largest_is_as_long_as_the_living(architecture, share):
+    config = with_changes(CONFIG, {"encoder_scale": None})
+    made = silenced(learner(architecture, revival=config), [2])
+    length = float(made.weights["W_enc_rows"][made.silent_rows == 0].norm(dim=1).mean())
+    Revival(config, made).revive(candidates)
+    assert float(made.weights["W_enc_rows"][2].norm()) == pytest.approx(share * length)
+
+
 @pytest.mark.parametrize("decoder", ["unit", "free"])
 @pytest.mark.parametrize("scale", [0.2, 0.7])
 @pytest.mark.parametrize(
@@ -259,6 +271,8 @@ def test_a_revived_feature_points_to_its_row_with_the_lengths_that_are_asked_for
     made = silenced(learner(architecture, decoder=decoder, revival=config), [2, 9])
     if decoder == "free":
         made.weights["W_dec"] *= torch.linspace(0.5, 2, D_SAE)[:, None]
+    if isinstance(architecture, JumpReLU):
+        made.weights["threshold"] += torch.linspace(0.1, 0.5, D_SAE)
     alive = made.silent_rows == 0
     lengths = {n: float(made.weights[n][alive].norm(dim=1).mean()) for n in ("W_enc_rows", "W_dec")}
     before = state(made)

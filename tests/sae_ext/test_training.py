@@ -173,6 +173,11 @@ BASES = {
             variant("relu", "revival")[1], {"revival": RevivalConfig(at=(24,), rewarm_steps=4)}
         ),
     ),
+    # So short that many do not fire again.
+    "revived-faint": (
+        variant("topk", "revival")[0],
+        with_changes(variant("topk", "revival")[1], {"revival.encoder_scale": 0.2}),
+    ),
     "stopped": (RELU, STOPPED),
     "classes": (
         RELU,
@@ -218,7 +223,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "RevivalConfig.candidates": ("relu-revival", "revival.candidates", 100),
     "RevivalConfig.encoder_scale": ("relu-revival", "revival.encoder_scale", 0.5),
     "RevivalConfig.rewarm_steps": ("relu-revival", "revival.rewarm_steps", 0),
-    "RevivalConfig.verify_after": ("topk-revival", "revival.verify_after", 10),
+    "RevivalConfig.verify_after": ("revived-faint", "revival.verify_after", 10),
     "EarlyStoppingConfig.patience": ("stopped", "early_stopping.patience", 2),
     "EarlyStoppingConfig.metric": ("stopped", "early_stopping.metric", "loss"),
     "EarlyStoppingConfig.min_change": ("stopped", "early_stopping.min_change", 0.15),
@@ -409,6 +414,20 @@ def test_a_line_tells_the_means_since_the_line_before(architecture, name):
         for column in ("lr", "l1", "dead_fraction", "step"):
             assert line[column] == part[-1][column]
     assert seen == {(False, False), (True, False), (True, True)}  # in no, some and all steps
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "weight"), [("relu", "usage", 5.0), ("topk", "auxk", 1 / 32)]
+)
+def test_the_loss_told_counts_every_term_with_its_weight(architecture, name, weight):
+    sae, config = variant(architecture, name)
+    config = changed(config, {"log_every": 1, "objective.l1": None})
+    seen = 0
+    for line in fit(sae, config).history.to_pylist():
+        value = line[name] or 0.0
+        assert line["loss"] == pytest.approx(line["mse"] + weight * value, rel=1e-9)
+        seen += value > 0
+    assert seen > 10
 
 
 def test_the_rates_told_are_those_of_the_step_also_where_features_are_revived():
