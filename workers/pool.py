@@ -90,6 +90,10 @@ def run(
                 running[call.remote(*jobs[index].args)] = (index, actor)
             watched = [*running, *starting]
             ready, _ = ray.wait(watched, num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False)
+            if (
+                ready
+            ):  # and whatever else is, or one that sends much would be all that is ever heard
+                ready, _ = ray.wait(watched, num_returns=len(watched), timeout=0, fetch_local=False)
             if stop():
                 raise Stopped
             for each in ready:
