@@ -23,7 +23,7 @@ from sae_ext import ops
 from sae_ext.artefacts import Stage, saes
 from sae_ext.store import Store
 from sae_ext.training.history import Line, TensorBoard
-from sae_ext.training.run import Place
+from sae_ext.training.job import Place
 from workers.events import Event, Update, streamed
 from workers.pool import WorkerDied
 

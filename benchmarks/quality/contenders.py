@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,14 @@ def peer(
     return _judged(name, seed, l1, seconds, sae, np.asarray(held_out), truth)
 
 
-def at_l0(target: float, first: float, train_once, *, within: float = 0.05, runs: int = 5):  # type: ignore[no-untyped-def]
+def at_l0(
+    target: float,
+    first: float,
+    train_once: Callable[[float], Result],
+    *,
+    within: float = 0.05,
+    runs: int = 5,
+) -> Result:
     """The result of `train_once(λ)` whose L0 is nearest to a target, by a secant search in logarithms.
 
     Args:

@@ -27,7 +27,8 @@ from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
 from sae_ext.store import Store, table_bytes
 from sae_ext.training.history import Line, events_table, history_table
-from sae_ext.training.run import EVALUATION_BATCH, Job, Place, Progress, Trained, train_many
+from sae_ext.training.job import Job, Place, Progress, Trained
+from sae_ext.training.run import EVALUATION_BATCH, train_many
 
 KIND = "saes"
 CHECKPOINT = "checkpoint/state.safetensors"

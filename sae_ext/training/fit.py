@@ -27,7 +27,8 @@ from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import Stopped
 from sae_ext.model import SAE
 from sae_ext.store import table_bytes, write_atomically
-from sae_ext.training.run import Place, Trained, train
+from sae_ext.training.job import Place, Trained
+from sae_ext.training.run import train
 
 _CHECKPOINT = Path("checkpoint", "state.safetensors")
 

@@ -17,27 +17,25 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae_ext.activations.batches import BatchSource, BufferedRows, EpochRows, in_stored_order
-from sae_ext.activations.buffer import RingBuffer
 from sae_ext.activations.dataset import Dataset
-from sae_ext.activations.statistics import DataStatistics, data_statistics, geometric_median
-from sae_ext.config import SAEConfig, TrainConfig, to_dict
+from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import Diverged, Stopped, UserError
-from sae_ext.metrics import ROUNDING, ReconstructionSums, evaluate
+from sae_ext.metrics import ReconstructionSums, evaluate
 from sae_ext.model import SAE
 from sae_ext.training import checkpoint, history
 from sae_ext.training.checks import check_together
 from sae_ext.training.history import Event, Line
+from sae_ext.training.job import Job, Place, Progress, Trained
 from sae_ext.training.learner import Learner, Window
+from sae_ext.training.prepared import Prepared, State, identity_of, source_of
 from sae_ext.training.revival import Revival
 
 T = TypeVar("T")
@@ -45,83 +43,11 @@ T = TypeVar("T")
 VALIDATION_ROWS = 8192
 """Rows of the validation split looked at beside each checkpoint."""
 EVALUATION_BATCH = 4096
-_COLUMN_ROWS = 1_000_000  # values of a column looked at together
-_CHUNK_ROWS = 4096  # rows a ring buffer's stream reads at a time
 _OWN_COLUMNS = {
     "l1": "l1",
     "l0": "l0",
     "mse": "mse",
 }  # terms that have a column of the history already
-
-
-class Progress(NamedTuple):
-    """Where a run is; means since the last time."""
-
-    step: int
-    steps: int
-    rows_per_second: float
-    loss: float
-    fvu: float
-    l0: float
-    dead_fraction: float
-    number: int = 0
-    """Which of several runs."""
-
-
-@dataclass
-class Trained:
-    """The result of a run."""
-
-    sae: SAE
-    """Ready for raw activations: the last one, or with early stopping the best."""
-    history: pa.Table
-    """`sae_ext.training.history.COLUMNS`."""
-    events: pa.Table
-    """`sae_ext.training.history.EVENT_COLUMNS`."""
-    scale: float
-    """The factor by which activations were scaled in training; folded into the SAE."""
-    penalty: float
-    """Weight of the term for sparsity at the end: λ as given or as found."""
-    steps: int
-    """Steps done."""
-    validation: dict[str, Any]
-    """Metrics on the whole validation split, see `sae_ext.metrics`."""
-    density: Tensor
-    """Fraction of the validation rows in which each feature fires, float64 [d_sae]."""
-
-
-@dataclass
-class Job:
-    """One autoencoder to train, and where its checkpoints go."""
-
-    sae: SAEConfig
-    config: TrainConfig
-    load_checkpoint: Callable[[], bytes | None] = lambda: None
-    """Gives the bytes last saved for this run, or None to start."""
-    save_checkpoint: Callable[[bytes], object] = lambda data: None
-    """Keeps the bytes of a checkpoint."""
-    keep: Callable[[int, SAE, dict[str, Any]], object] = lambda step, sae, seen: None
-    """Keeps an SAE of that step with its validation metrics, for `keep_checkpoints`."""
-    on_line: Callable[[Line], object] = lambda line: None
-    """Called with every line of the history."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the work is done; none of it changes what is found (but for the last bits of sums)."""
-
-    device: str = "cpu"
-    readers: int = 1
-    """Threads that read batches ahead."""
-    group: dist.ProcessGroup | None = None
-    """Workers that train one autoencoder together, each with its share of every batch."""
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """This worker's number and how many there are."""
-        if self.group is None:
-            return (0, 1)
-        return dist.get_rank(self.group), dist.get_world_size(self.group)
 
 
 def train(
@@ -173,14 +99,14 @@ def train_many(
         check_together(
             job.sae, job.config, workers=place.share[1], on_gpu=place.device.startswith("cuda")
         )
-    states = [_State.of(data, job, place) for job in jobs]
-    prepared = _Prepared.of(data, jobs, states, tick)
+    states = [State.of(data, job, place) for job in jobs]
+    prepared = Prepared.of(data, jobs, states, tick)
     runs = [
         _Run(number, job, prepared, place, state)
         for number, (job, state) in enumerate(zip(jobs, states, strict=True))
     ]
     states.clear()
-    with _source(data, prepared, config, place) as source:
+    with source_of(data, prepared, config, place) as source:
         going = [run for run in runs if not run.ended]
         first = min(going or runs, key=lambda run: run.learner.step_number)
         source.restore(first.source_state or source.state())
@@ -230,113 +156,11 @@ def run_to_end(work: Generator[Any, None, T]) -> T:
             return found
 
 
-class _State(NamedTuple):
-    """A checkpoint as it was loaded; of several workers the first one's, so that all go on from the same."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-    @classmethod
-    def of(cls, data: Dataset, job: Job, place: Place) -> _State | None:
-        """The one to go on from; None to start."""
-        saved = job.load_checkpoint() if place.share[0] == 0 else None
-        if place.group is not None:
-            saved = _from_first(saved, place)
-        if saved is None:
-            return None
-        return cls(*checkpoint.from_bytes(saved, _identity(data, job)))
-
-
-class _Prepared(NamedTuple):
-    """What the runs on one dataset share."""
-
-    data: Dataset
-    train_rows: npt.NDArray[np.int64]
-    validation_rows: npt.NDArray[np.int64]
-    statistics: DataStatistics
-    centres: dict[str, Tensor]
-    """Where b_dec may begin, raw units, float64 [d_in]."""
-    classes: dict[str, list[str]]
-    """Values in the training split of every column of classes that is read."""
-    columns: dict[str, str]
-    """"class" or "number" for every column that is read."""
-
-    @classmethod
-    def of(
-        cls,
-        data: Dataset,
-        jobs: Sequence[Job],
-        states: Sequence[_State | None],
-        tick: Callable[[], None],
-    ) -> _Prepared:
-        """Look at all of the data that the configurations ask for, before the first step."""
-        for job in jobs:
-            if job.sae.d_in not in (None, data.d_in):
-                raise UserError(
-                    f"sae.d_in is {job.sae.d_in}, but the activations have width {data.d_in}: correct it or "
-                    "leave it out"
-                )
-        rows = {split: data.rows(split) for split in ("train", "validation")}
-        for split, numbers in rows.items():
-            if len(numbers) == 0:
-                raise UserError(
-                    f"the {split} split has no rows: give the corpus more documents, or a larger "
-                    "corpus.validation_percent"
-                )
-        columns: dict[str, str] = {}
-        for job in jobs:
-            for reader in (job.sae.architecture, *job.config.objective.terms().values()):
-                for name, kind in reader.columns().items():
-                    if columns.setdefault(name, kind) != kind:
-                        raise UserError(
-                            f"column {name!r} is asked for as numbers and as classes: name another one"
-                        )
-        classes = {
-            name: _values_of(data, name, rows["train"])
-            for name, kind in columns.items()
-            if kind == "class"
-        }
-        for job in jobs:
-            for term in job.config.objective.terms().values():
-                term.check_classes(classes)
-        for name, wanted in columns.items():
-            if wanted == "number":
-                _check_weights(data, name, rows["train"])
-        statistics = _known_statistics(states)
-        if statistics is None:
-            statistics = data_statistics(data, rows["train"], tick)
-        if statistics.variance <= ROUNDING * statistics.mean_norm**2:
-            raise UserError("the train split's rows are all alike: give the corpus more documents")
-        mean = torch.from_numpy(statistics.mean)
-        centres = {"mean": mean, "zero": torch.zeros_like(mean)}
-        # One that goes on has its b_dec already.
-        new = [job for job, state in zip(jobs, states, strict=True) if state is None]
-        if any(job.sae.b_dec == "geometric_median" for job in new):
-            seed = jobs[0].config.order_seed
-            median = geometric_median(data, rows["train"], seed=seed, tick=tick)
-            centres["geometric_median"] = torch.from_numpy(median)
-        return cls(data, rows["train"], rows["validation"], statistics, centres, classes, columns)
-
-    def values(self, rows: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        """The columns' values for some rows: float32 numbers, or places in `classes` (-1 for unknown)."""
-        found = {}
-        for name in names:
-            given = self.data.column(name, rows)
-            if self.columns[name] == "number":
-                found[name] = torch.from_numpy(given.astype(np.float32))
-                continue
-            given = given.astype(str)
-            known = np.asarray(self.classes[name])
-            places = np.minimum(np.searchsorted(known, given), len(known) - 1)
-            found[name] = torch.from_numpy(np.where(known[places] == given, places, -1))
-        return found
-
-
 class _Run:
     """One autoencoder's way through the training."""
 
     def __init__(
-        self, number: int, job: Job, prepared: _Prepared, place: Place, state: _State | None
+        self, number: int, job: Job, prepared: Prepared, place: Place, state: State | None
     ) -> None:
         self.number, self.job, self.config = number, job, job.config
         self._data, self._prepared, self._place = prepared.data, prepared, place
@@ -441,7 +265,7 @@ class _Run:
                 "since": self._best.since,
             }
         if self._place.share[0] == 0:
-            identity = _identity(self._data, self.job)
+            identity = identity_of(self._data, self.job)
             self.job.save_checkpoint(checkpoint.to_bytes(tensors, facts, identity))
 
     def result(self, tick: Callable[[], None]) -> Trained:
@@ -472,7 +296,7 @@ class _Run:
         device = self._place.device
         return evaluate(sae, (_moved(x, device) for x in _ticking(self._data, rows, tick)))
 
-    def _restore(self, state: _State) -> None:
+    def _restore(self, state: State) -> None:
         tensors, facts = state
         try:
             self.learner.restore(tensors, facts)
@@ -615,72 +439,14 @@ def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _identity(data: Dataset, job: Job) -> dict[str, Any]:
-    """What a checkpoint belongs to."""
-    return {
-        "sae": {n: v for n, v in to_dict(job.sae).items() if n != "d_in"},
-        "begins_from": job.sae.architecture.begins_from(),
-        "train": to_dict(job.config),
-        "data": data.key,
-    }
-
-
-def _known_statistics(states: Sequence[_State | None]) -> DataStatistics | None:
-    """As they were when a run that goes on began: then every row has been looked at."""
-    for state in states:
-        if state is not None:
-            try:
-                mean, mean_norm, variance = state.facts["statistics"]
-                return DataStatistics(np.array(mean, dtype=np.float64), mean_norm, variance)
-            except (KeyError, TypeError, ValueError) as error:
-                raise checkpoint.unreadable(error) from error
-    return None
-
-
-def _values_of(data: Dataset, column: str, rows: npt.NDArray[np.int64]) -> list[str]:
-    """The different values of a column, as texts; a part of the rows at a time, which are many."""
-    found: set[str] = set()
-    for start in range(0, len(rows), _COLUMN_ROWS):
-        found |= set(
-            np.unique(data.column(column, rows[start : start + _COLUMN_ROWS]).astype(str)).tolist()
-        )
-    return sorted(found)
-
-
-def _check_weights(data: Dataset, column: str, rows: npt.NDArray[np.int64]) -> None:
-    """Row weights are numbers, none of them negative or infinite."""
-    given = data.column(column, rows)
-    if given.dtype.kind not in "iufb":
-        raise UserError(f"column {column!r} holds texts, but weights are wanted: give numbers")
-    with np.errstate(over="ignore"):
-        weights = given.astype(np.float32)
-    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
-    if len(bad):
-        raise UserError(
-            f"column {column!r} holds {given[bad[0]]} for {data.where(int(rows[bad[0]]))}: weights must be "
-            "finite and 0 or more"
-        )
-
-
-def _source(data: Dataset, prepared: _Prepared, config: TrainConfig, place: Place) -> BatchSource:
-    rows, buffer = prepared.train_rows, config.buffer
-    if buffer is None:
-        return EpochRows(
-            data,
-            rows,
-            config.batch_rows,
-            config.order_seed,
-            readers=place.readers,
-            share=place.share,
-        )
-    ring = RingBuffer(
-        buffer.rows, data.d_in,
-        device=place.device, dtype=getattr(torch, buffer.dtype), seed=config.order_seed,
-    )  # fmt: skip
-    return BufferedRows(
-        in_stored_order(data, rows, _CHUNK_ROWS), ring, config.batch_rows,
-        min_rows=buffer.min_rows, fresh=buffer.fresh, share=place.share,
-    )  # fmt: skip
+def _agreed(values: Sequence[float | None], count: int, place: Place) -> list[float]:
+    """The first worker's numbers, NaN for None, for all."""
+    given = [math.nan if v is None else v for v in values] or [math.nan] * count
+    if place.group is None:
+        return given
+    numbers = torch.tensor(given, dtype=torch.float64, device=place.device)
+    dist.broadcast(numbers, group_src=0, group=place.group)
+    return [float(v) for v in numbers.tolist()]
 
 
 def _stopping(stop: Callable[[], bool], step: int, place: Place) -> bool:
@@ -692,30 +458,6 @@ def _stopping(stop: Callable[[], bool], step: int, place: Place) -> bool:
     asked = torch.tensor(float(stop()), device=place.device)
     dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=place.group)
     return bool(asked)
-
-
-def _agreed(values: Sequence[float | None], count: int, place: Place) -> list[float]:
-    """The first worker's numbers, NaN for None, for all."""
-    given = [math.nan if v is None else v for v in values] or [math.nan] * count
-    if place.group is None:
-        return given
-    numbers = torch.tensor(given, dtype=torch.float64, device=place.device)
-    dist.broadcast(numbers, group_src=0, group=place.group)
-    return [float(v) for v in numbers.tolist()]
-
-
-def _from_first(content: bytes | None, place: Place) -> bytes | None:
-    """The first worker's bytes, for all."""
-    length = torch.tensor(-1 if content is None else len(content), device=place.device)
-    dist.broadcast(length, group_src=0, group=place.group)
-    if int(length) < 0:
-        return None
-    buffer = torch.empty(int(length), dtype=torch.uint8)
-    if content is not None:
-        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    buffer = buffer.to(place.device)
-    dist.broadcast(buffer, group_src=0, group=place.group)
-    return buffer.cpu().numpy().tobytes()
 
 
 def _moved(x: Tensor, device: str) -> Tensor:

@@ -20,7 +20,8 @@ from sae_ext.architectures import BatchTopK, JumpReLU, TopK
 from sae_ext.config import SAEConfig, TrainConfig, with_changes
 from sae_ext.schedules import Schedule
 from sae_ext.training.config import BufferConfig, EarlyStoppingConfig, RevivalConfig
-from sae_ext.training.run import Trained, run_to_end, train
+from sae_ext.training.job import Trained
+from sae_ext.training.run import run_to_end, train
 from sae_ext.training.terms import L0, L1, AuxK, ObjectiveConfig, Usage
 
 D_IN, D_SAE, CLASSES = 16, 32, ("apple", "banana", "cherry")

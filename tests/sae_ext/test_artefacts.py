@@ -35,7 +35,7 @@ from sae_ext.schedules import Schedule
 from sae_ext.store import STAGE_VERSIONS, Store
 from sae_ext.training.config import RevivalConfig
 from sae_ext.training.history import COLUMNS, EVENT_COLUMNS
-from sae_ext.training.run import Place
+from sae_ext.training.job import Place
 from sae_ext.training.terms import L1, AuxK, ObjectiveConfig
 
 CHAIN = ("activations", "saes", "features", "interpretations", "campaigns")

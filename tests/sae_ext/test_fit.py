@@ -26,7 +26,7 @@ from sae_ext.config import with_changes
 from sae_ext.errors import Stopped, UserError
 from sae_ext.model import SAE
 from sae_ext.training.fit import fit
-from sae_ext.training.run import Place
+from sae_ext.training.job import Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKPOINT = "checkpoint/state.safetensors"

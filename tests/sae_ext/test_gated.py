@@ -23,10 +23,11 @@ from sae_ext.fields import from_dict, to_dict
 from sae_ext.model import SAE
 from sae_ext.schedules import Schedule
 from sae_ext.training.config import RevivalConfig, TrainConfig
+from sae_ext.training.job import Trained
 from sae_ext.training.learner import Learner
 from sae_ext.training.revival import Revival
 from sae_ext.training.reward import Reward
-from sae_ext.training.run import Trained, run_to_end, train
+from sae_ext.training.run import run_to_end, train
 from sae_ext.training.term import Seen
 from sae_ext.training.terms import MSE, ObjectiveConfig
 

@@ -23,8 +23,9 @@ from sae_ext.fields import from_dict, to_dict
 from sae_ext.model import SAE, Output
 from sae_ext.schedules import Schedule
 from sae_ext.training.config import TrainConfig
+from sae_ext.training.job import Trained
 from sae_ext.training.learner import Learner
-from sae_ext.training.run import Trained, run_to_end, train
+from sae_ext.training.run import run_to_end, train
 from sae_ext.training.term import Seen
 from sae_ext.training.terms import L1, MSE, AuxK, ObjectiveConfig
 

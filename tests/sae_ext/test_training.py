@@ -46,8 +46,9 @@ from sae_ext.training import checkpoint
 from sae_ext.training.checks import check_together
 from sae_ext.training.config import BufferConfig, EarlyStoppingConfig, RevivalConfig
 from sae_ext.training.history import COLUMNS
+from sae_ext.training.job import Trained
 from sae_ext.training.learner import Learner
-from sae_ext.training.run import VALIDATION_ROWS, Trained, train
+from sae_ext.training.run import VALIDATION_ROWS, train
 from sae_ext.training.terms import L0, L1, MSE, AuxK, ObjectiveConfig, Usage
 
 pytestmark = pytest.mark.usefixtures("one_thread")

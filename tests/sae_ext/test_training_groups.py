@@ -17,7 +17,7 @@ from made_up_training import Folder, fit, same_weights, variant, weights
 
 from sae_ext.config import SAEConfig, TrainConfig, with_changes
 from sae_ext.errors import Stopped, UserError
-from sae_ext.training.run import Place, Trained
+from sae_ext.training.job import Place, Trained
 
 pytestmark = [
     pytest.mark.slow,

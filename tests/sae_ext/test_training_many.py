@@ -13,7 +13,8 @@ from sae_ext.activations.dataset import Dataset
 from sae_ext.config import SAEConfig, TrainConfig, with_changes
 from sae_ext.errors import Diverged, Stopped, UserError
 from sae_ext.training.config import BufferConfig
-from sae_ext.training.run import Job, Place, run_to_end, train_many
+from sae_ext.training.job import Job, Place
+from sae_ext.training.run import run_to_end, train_many
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Config = tuple[SAEConfig, TrainConfig]

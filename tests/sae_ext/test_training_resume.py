@@ -29,8 +29,9 @@ from safetensors.torch import load, save
 from sae_ext.architectures import ReLU
 from sae_ext.config import SAEConfig, with_changes
 from sae_ext.errors import CorruptArtefact, Stopped, UserError
+from sae_ext.training.job import Place, Trained
 from sae_ext.training.learner import Learner
-from sae_ext.training.run import Place, Trained, train
+from sae_ext.training.run import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = [

@@ -15,7 +15,7 @@ from sae_ext.artefacts import Stage, saes
 from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import UserError
 from sae_ext.store import Store
-from sae_ext.training.run import Progress
+from sae_ext.training.job import Progress
 from workers import train as workers_train
 from workers.events import Update
 from workers.pool import WorkerDied
