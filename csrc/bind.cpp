@@ -236,11 +236,11 @@ PYBIND11_MODULE(_C, m) {
       named, arg("exec"), arg("gradient"), arg("dW_enc"), arg("dW_dec"), "Gradients of W_enc and W_dec.");
   m.def(
       "feature_norms",
-      [](const Exec& exec, const Gradient& gradient, Pointer scratch, Pointer out) {
+      [](const Exec& exec, const Gradient& gradient, Pointer dW_enc, Pointer dW_dec, Pointer out) {
         return call("feature_norms", saek_feature_norms, exec,
-                    {gradient_of(gradient), at(scratch), at<double>(out)});
+                    {gradient_of(gradient), at(dW_enc), at(dW_dec), at<double>(out)});
       },
-      named, arg("exec"), arg("gradient"), arg("scratch"), arg("out"),
+      named, arg("exec"), arg("gradient"), arg("dW_enc"), arg("dW_dec"), arg("out"),
       "Squared length of each feature's gradients.");
   m.def(
       "update_features",

@@ -155,7 +155,8 @@ bool ok(const saek_exec& e, const saek_feature_gradients_args& a) {
          (a.dW_dec == nullptr || has_dec(a.gradient));
 }
 bool ok(const saek_exec& e, const saek_feature_norms_args& a) {
-  return ok(e, a.gradient) && has_both(a.gradient) && set(a.gradient.grad_b_enc, a.out) && on_cpu(e, a.scratch);
+  return ok(e, a.gradient) && has_both(a.gradient) && set(a.gradient.grad_b_enc, a.out) &&
+         on_cpu(e, a.dW_enc) && on_cpu(e, a.dW_dec);
 }
 bool ok(const saek_exec& e, const saek_update_features_args& a) {
   const bool row_fits = a.gradient.d_in * (e.dtype == SAEK_FLOAT64 ? 8 : 4) <= SAEK_SHARED_ROW;

@@ -279,8 +279,8 @@ int saek_feature_gradients(const saek_exec* exec, const saek_feature_gradients_a
 /* Their squared lengths: W_enc's, W_dec's and b_enc's parts together. */
 typedef struct {
   saek_gradient gradient;
-  void* scratch; /* CPU: T [threads, 2, d_in] */
-  double* out;   /* [d_sae] */
+  void *dW_enc, *dW_dec; /* CPU: T [d_sae, d_in], also receive the gradients; may be those in `gradient` */
+  double* out;           /* [d_sae] */
 } saek_feature_norms_args;
 
 int saek_feature_norms(const saek_exec* exec, const saek_feature_norms_args* args);

@@ -58,7 +58,7 @@ class Resources(BaseModel):
     train_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of an actor that trains; 0 trains on CPUs."""
     train_workers: Annotated[int, Field(ge=1)] = 1
-    """Actors that train one SAE together, each on its part of every batch."""
+    """Actors that train: one SAE together, each on its part of every batch; of a sweep each its own SAEs."""
     train_readers: Annotated[int, Field(ge=0)] = 1
     """Threads of such an actor that read batches ahead."""
     tensorboard: str | None = None

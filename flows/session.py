@@ -101,25 +101,26 @@ class Session:
         )
 
     def train(self, bar: Bar, wanted: list[Stage], *, cpus: int, workers: int = 1) -> None:
-        """Train SAEs on the same activations, with one worker or, where it is one SAE, with several."""
+        """Train SAEs on the same activations; several workers share out the SAEs, or the batches of one."""
         self.cluster.wait()
         r = self.resources
         require_room(cpus, r.train_gpus, workers)
-        shares: list[Share | None] = [None]
-        if workers > 1:
+        parts: list[tuple[list[Stage], Share | None]]
+        if len(wanted) == 1 < workers:
             meeting = Meeting(workers)  # stays until they are done
-            shares = list(meeting.shares())
+            parts = [(wanted, share) for share in meeting.shares()]
+        else:
+            parts = [(wanted[i::workers], None) for i in range(min(workers, len(wanted)))]
         for stage in wanted:
             self.store.sweep(stage.kind, stage.key)
         board = None if r.tensorboard is None else str(Path(r.tensorboard).absolute())
-        steps = float(sum(stage.config["train"]["steps"] for stage in wanted))
         self.work(
             bar,
             TrainWorker,
             (self.store.url, cpus, r.train_readers, board),
-            [Job("train", (wanted, share)) for share in shares],
-            sizes=[steps / len(shares)] * len(shares),
-            workers=len(shares),
+            [Job("train", part) for part in parts],
+            sizes=[float(sum(s.config["train"]["steps"] for s in stages)) for stages, _ in parts],
+            workers=len(parts),
             cpus=cpus,
             gpus=r.train_gpus,
         )

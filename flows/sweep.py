@@ -29,18 +29,18 @@ def sweep(recipe: Recipe, grid: list[dict[str, Any]]) -> list[str]:
 
 @task(name="train", task_run_name="train {recipe.name} sweep", **STAGE)
 def train_together(recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]) -> list[str]:
-    """Train what is not in the store yet, in one worker."""
-    run = session.current()
+    """Train what is not in the store yet."""
+    run, resources = session.current(), recipe.resources
     wanted = [saes.stage(p.sae, p.train, keys[activations.KIND]) for p in points]
     missing = [stage for stage in _different(wanted) if not stage.done(run.store)]
     if missing:
         bar = run.display.bar("sweep")
         try:
-            run.train(bar, missing, cpus=recipe.resources.train_cpus)
+            run.train(bar, missing, cpus=resources.train_cpus, workers=resources.train_workers)
         except BaseException:
             bar.abandon()
             raise
-        bar.finish(f"{len(missing)} SAE{'s' * (len(missing) > 1)} in one pass")
+        bar.finish(f"{len(missing)} SAE{'s' * (len(missing) > 1)}")
     return [stage.key for stage in wanted]
 
 

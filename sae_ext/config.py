@@ -93,8 +93,9 @@ class SAEConfig:
     """Width of the activations; checked against the host model when given."""
     architecture: AnyArchitecture = ReLU()
     """Which entries are active, see `sae_ext.architectures`."""
-    decoder: Literal["unit", "free"] = "unit"
-    """`unit` keeps decoder rows at length 1; `free` lets them move and weighs the L1 term by their lengths."""
+    decoder: Literal["free", "unit"] = "free"
+    """`free` lets decoder rows move and weighs the L1 term by their lengths, which reconstructs better at the same
+    L0 (docs/training.md); `unit` keeps them at length 1, so that activations of all features compare."""
     output: Literal["identity", "sigmoid", "tanh"] = "identity"
     """Applied to the reconstruction; other than `identity` it takes `train.scale: none`."""
     b_dec: Literal["mean", "geometric_median", "zero"] = "mean"

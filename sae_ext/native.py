@@ -384,8 +384,8 @@ def reduced(
     What remains of the gradient's rows serves no purpose afterwards.
     """
     d_sae, d_in = params.W_dec.shape
-    dW_enc = space.get("shared_dW_enc", run.dtype, d_sae, d_in)
-    dW_dec = space.get("shared_dW_dec", run.dtype, d_sae, d_in)
+    dW_enc = space.get("dW_enc", run.dtype, d_sae, d_in)
+    dW_dec = space.get("dW_dec", run.dtype, d_sae, d_in)
     _C.feature_gradients(
         exec=run.exec(), gradient=gradient.pointers(space, params.W_dec), dW_enc=at(dW_enc),
         dW_dec=at(dW_dec),
@@ -395,16 +395,26 @@ def reduced(
     return replace(gradient, entries=None, dW_enc=dW_enc, dW_dec=dW_dec, pull=None)
 
 
-def squared_norms(run: Run, space: Workspace, gradient: Gradient, params: Parameters) -> Tensor:
-    """Squared length of each feature's gradients together, float64 [d_sae]."""
-    d_sae, d_in = params.W_dec.shape
-    scratch = None if run.on_cuda else space.get("scratch", run.dtype, run.exec()[2], 2, d_in)
-    out = space.get("squares", torch.float64, d_sae)
+def squared_norms(
+    run: Run, space: Workspace, gradient: Gradient, params: Parameters
+) -> tuple[Tensor, Gradient]:
+    """Squared length of each feature's gradients together, float64 [d_sae], and the gradient to go on with.
+
+    On the CPU that is the same one as tensors: where many rows fire a feature, reading what was made is
+    faster than making it again. On a GPU nothing is kept.
+    """
+    out = space.get("squares", torch.float64, len(params.b_enc))
+    dW_enc, dW_dec = gradient.dW_enc, gradient.dW_dec
+    if not run.on_cuda and gradient.entries is not None:
+        dW_enc = space.get("dW_enc", run.dtype, *params.W_dec.shape)
+        dW_dec = space.get("dW_dec", run.dtype, *params.W_dec.shape)
     _C.feature_norms(
-        exec=run.exec(), gradient=gradient.pointers(space, params.W_dec), scratch=at(scratch),
-        out=at(out),
+        exec=run.exec(), gradient=gradient.pointers(space, params.W_dec), dW_enc=at(dW_enc),
+        dW_dec=at(dW_dec), out=at(out),
     )  # fmt: skip
-    return out
+    if run.on_cuda:
+        return out, gradient
+    return out, replace(gradient, entries=None, dW_enc=dW_enc, dW_dec=dW_dec, pull=None)
 
 
 def adam_numbers(update: Update, step: int) -> list[float]:

@@ -385,8 +385,8 @@ class Step:
                 the row), and n_j = 1; "free" lets them move, and n_j = ‖W_dec,j‖.
             train_b_dec: False leaves b_dec as it is.
             max_grad_norm: bound of the norm of all gradients together, as
-                torch.nn.utils.clip_grad_norm_'s. The norm must be known before anything moves, so
-                gradients are then computed twice (they are never stored).
+                torch.nn.utils.clip_grad_norm_'s. The norm must be known before anything moves: on the
+                CPU gradients are then stored, on a GPU computed twice.
             support: the entries that may be active, where something other than the ReLU chooses
                 them (TopK, BatchTopK, JumpReLU). The encoder is then computed for these alone.
             group: a torch.distributed process group whose members train one autoencoder, each with

@@ -164,7 +164,7 @@ def _update(
     norm = None
     if update.max_grad_norm is not None:
         own = 0.0 if b_dec is None else _total(b_dec.double().square())
-        squares = native.squared_norms(run, space, gradient, params)
+        squares, gradient = native.squared_norms(run, space, gradient, params)
         norm = share * math.sqrt(_total(squares) + own)
         # Worded so that a norm that is no number reaches all parameters, as it does in PyTorch.
         limited = update.max_grad_norm / (norm + 1e-6)

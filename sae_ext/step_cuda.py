@@ -576,7 +576,8 @@ class _Program:
             gradient = native.reduced(run, space, gradient, params, self._group, also)
             scale = self._record.sums[4:].reciprocal()
         if job.update.max_grad_norm is not None:
-            squares = native.squared_norms(run, space, gradient, params).sum()
+            squared, gradient = native.squared_norms(run, space, gradient, params)
+            squares = squared.sum()
             if b_dec is not None:
                 squares = squares + b_dec.double().square().sum()
             norm = squares.sqrt().view(1)

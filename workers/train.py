@@ -8,6 +8,7 @@ same call goes on from the checkpoint.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def _together(share: Share | None, device: str) -> Iterator[dist.ProcessGroup | 
     """The group of all workers that share an SAE; None for one that is alone.
 
     Raises:
-        WorkerDied: another one is gone, which torch tells as a RuntimeError.
+        WorkerDied: another one is gone, which torch tells as a DistError or a plain RuntimeError.
     """
     if share is None:
         yield None
@@ -140,7 +141,8 @@ def _together(share: Share | None, device: str) -> Iterator[dist.ProcessGroup | 
         )  # fmt: skip
         yield dist.group.WORLD
     except RuntimeError as error:
-        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+        # Of a plain RuntimeError only the text says where it comes from; any other fault is no lost worker.
+        if isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE):
             first = (str(error).splitlines() or [""])[0]
             raise WorkerDied(f"one that shares the training is gone: {first}") from error
         raise

@@ -30,7 +30,7 @@ from sae_ext.training.terms import L1, ObjectiveConfig
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 OURS, SAELENS, DICTIONARY_LEARNING = "Sparsemill", "SAELens", "dictionary_learning"
-_CHILD = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+_CHILD = {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
 
 
 class Result(NamedTuple):
@@ -54,16 +54,17 @@ class Result(NamedTuple):
 
 def ours(
     x: Path, settings: Settings, seed: int, *, l1: float, target_l0: float | None = None,
-    truth: np.ndarray | None = None, decoder: str = "unit",
+    truth: np.ndarray | None = None,
 ) -> Result:  # fmt: skip
     """Train ours in this process."""
     rows = np.load(x)
     cut = len(rows) - settings.held_out
     split = {"train": np.arange(cut), "validation": np.arange(cut, len(rows))}
     data = InMemory(rows, split=split)
-    sae = SAEConfig(d_sae=settings.d_sae, decoder=decoder)  # type: ignore[arg-type]
     started = time.perf_counter()
-    trained = run_to_end(train(data, sae, train_config(settings, seed, l1, target_l0)))
+    trained = run_to_end(
+        train(data, SAEConfig(d_sae=settings.d_sae), train_config(settings, seed, l1, target_l0))
+    )
     seconds = time.perf_counter() - started
     return _judged(OURS, seed, trained.penalty, seconds, trained.sae, rows[cut:], truth)
 
@@ -109,8 +110,8 @@ def peer(
         raise UserError(f"{name} cannot be trained: {child.stderr.strip().splitlines()[-1]}")
     seconds = json.loads(request.with_suffix(".out").read_text(encoding="utf-8"))["seconds"]
     sae = SAE(Parameters(**load_file(request.with_suffix(".safetensors"))))
-    held_out = np.load(x, mmap_mode="r")[-settings.held_out :]
-    return _judged(name, seed, l1, seconds, sae, np.asarray(held_out), truth)
+    held_out = np.load(x)[-settings.held_out :]
+    return _judged(name, seed, l1, seconds, sae, held_out, truth)
 
 
 def at_l0(
@@ -118,7 +119,7 @@ def at_l0(
     first: float,
     train_once: Callable[[float], Result],
     *,
-    within: float = 0.05,
+    within: float = 0.02,
     runs: int = 5,
 ) -> Result:
     """The result of `train_once(λ)` whose L0 is nearest to a target, by a secant search in logarithms.

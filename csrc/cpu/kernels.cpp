@@ -330,20 +330,24 @@ int feature_gradients(const saek_exec& exec, const saek_feature_gradients_args& 
 }
 
 template <class T>
+double squared_length(const T* row, int64_t d) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < d; ++i) sum += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+  return sum;
+}
+
+// Stores what it makes: the update then reads it, where making it again would take as long as the first time.
+template <class T>
 int feature_norms(const saek_exec& exec, const saek_feature_norms_args& a) {
   const int64_t d = a.gradient.d_in;
   const T* grad_b_enc = of<T>(a.gradient.grad_b_enc);
-#pragma omp parallel num_threads(exec.threads)
-  {
-    T* row = of<T>(a.scratch) + this_thread() * 2 * d;
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t j = 0; j < a.gradient.d_sae; ++j) {
-      gradient_rows<T>(a.gradient, j, row, row + d);
-      double sum = static_cast<double>(grad_b_enc[j]) * static_cast<double>(grad_b_enc[j]);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < 2 * d; ++i) sum += static_cast<double>(row[i]) * static_cast<double>(row[i]);
-      a.out[j] = sum;
-    }
+#pragma omp parallel for num_threads(exec.threads) schedule(dynamic, 16)
+  for (int64_t j = 0; j < a.gradient.d_sae; ++j) {
+    T *enc = of<T>(a.dW_enc) + j * d, *dec = of<T>(a.dW_dec) + j * d;
+    gradient_rows<T>(a.gradient, j, enc, dec);
+    const double bias = static_cast<double>(grad_b_enc[j]);
+    a.out[j] = bias * bias + squared_length(enc, d) + squared_length(dec, d);
   }
   return SAEK_OK;
 }

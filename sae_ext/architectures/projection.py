@@ -120,7 +120,8 @@ class Projection(Architecture):
 
     kind: Literal["projection"] = "projection"
     pretrained: str
-    """Folder of the autoencoder, as `SAE.load` reads it."""
+    """Folder of the autoencoder, as `SAE.load` reads it, from where the command is run; for a cluster give an
+    absolute path that all its machines see. What it holds is part of the SAE's key."""
     target: Target = "stopgrad"  # type: ignore[assignment]  # the method is asked after training alone
     """What x̂ should be, see the module."""
 

@@ -1,8 +1,9 @@
 """Campaigns: everything brought together, for people and for other programs.
 
 `report.html` with `plotly.min.js` beside it, `campaign.parquet` (columns:
-`sae_ext.report.campaign_table`), and `export/`, a folder that SAELens loads. Content depends on the
-inputs alone, as everywhere: dates and timings stand in the manifests.
+`sae_ext.report.campaign_table`), and `export/`, the SAE's folder, which SAELens opens as well where it has
+such an SAE (`sparsemill export` is what checks that). Content depends on the inputs alone, as
+everywhere: dates and timings stand in the manifests.
 """
 
 from __future__ import annotations

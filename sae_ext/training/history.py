@@ -88,16 +88,22 @@ def require_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Writes every line of a history where TensorBoard finds it. Needs the package `tensorboard`."""
+    """Writes every line of a history where TensorBoard finds it. Needs the package `tensorboard`.
+
+    Lines that an earlier writer left behind its last checkpoint, and that now come again, are shown once.
+    """
 
     def __init__(self, folder: Path) -> None:
         require_tensorboard()
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder))
+        self._folder = folder
+        self._writer: Any = None
 
     def __call__(self, line: Mapping[str, float]) -> None:
         """Write one line; what is NaN is left out."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=int(line["step"]))
         for name, value in line.items():
             if name != "step" and not math.isnan(value):
                 self._writer.add_scalar(name, value, int(line["step"]))

@@ -402,12 +402,16 @@ def feature_norms(listed: bool, pulled: bool) -> Build:
         arguments = {
             "exec": case.exec(threads),
             "gradient": case.gradient(listed=listed, pulled=pulled),
-            "scratch": case.on_cpu(threads, 2, case.d_in),
+            "dW_enc": None if case.kernels.queued else case.out(case.d_sae, case.d_in),
+            "dW_dec": None if case.kernels.queued else case.out(case.d_sae, case.d_in),
             "out": case.out(case.d_sae, dtype=torch.float64),
         }
         rows = case.gradient_rows(listed=listed, pulled=pulled)
         squares = sum(gradient.square().sum(1) for gradient in rows)
-        return arguments, {"out": squares + case.exact("grad_b_enc").square()}
+        expected = {"out": squares + case.exact("grad_b_enc").square()}
+        if arguments["dW_enc"] is not None:
+            expected |= {"dW_enc": rows[0], "dW_dec": rows[1]}
+        return arguments, expected
 
     return build
 

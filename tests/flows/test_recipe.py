@@ -357,7 +357,7 @@ def test_an_unknown_key_is_told_before_a_wrong_value():
         ({"resources": {"train_readers": -1}}, "resources.train_readers: .*or equal to 0"),
         ({"resources": {"tensorboard": True}}, "resources.tensorboard: .*string"),
         ({"sae": {"output": "relu"}}, "sae.output: .*'identity', 'sigmoid' or 'tanh'"),
-        ({"sae": {"decoder": 1}}, "sae.decoder: .*'unit' or 'free'"),
+        ({"sae": {"decoder": 1}}, "sae.decoder: .*'free' or 'unit'"),
         (
             {"sae": {"architecture": {"kind": "topk", "k": 2.5}}},
             "recipe: sae.architecture.k: .*integer.* got 2.5",

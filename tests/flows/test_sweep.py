@@ -229,7 +229,8 @@ def test_a_sweep_prints_every_sae_and_how_far_the_seeds_agree(swept):
     )
     assert found, swept.output
     assert float(found[2]) < float(found[1]) < 1
-    assert "2 SAEs in one pass" in swept.output
+    assert re.search(r"^ *sweep +.*2 SAEs$", swept.output, re.MULTILINE)
+    assert swept.output.count("training on") == 1
 
 
 @pytest.mark.slow
@@ -255,7 +256,6 @@ def test_a_second_identical_sweep_does_no_work_and_prints_the_same(swept):
     before = artefacts(swept.store)
     output = finished("sweep", swept.recipe, "--vary", "train.seed=0,1", "--store", swept.store)
     assert table(output) == table(swept.output)
-    assert "in one pass" not in output
     assert "training on" not in output
     assert artefacts(swept.store) == before
 
@@ -286,3 +286,14 @@ def test_a_recipe_may_let_two_workers_train_one_sae(swept, tmp_path, corpus_file
     assert two["steps"] == one["steps"] == RECIPE["train"]["steps"]
     assert two["validation"]["fvu"] == pytest.approx(one["validation"]["fvu"], rel=1e-3)
     assert two["validation"] != one["validation"], "one worker did it all"
+
+
+@pytest.mark.slow
+def test_two_workers_share_out_the_saes_of_a_sweep(swept, tmp_path, corpus_file):
+    pair = copied(swept, tmp_path / "store", activations.KIND)
+    resources = {**RECIPE["resources"], "train_workers": 2}
+    path = written(tmp_path, corpus_file, resources=resources)
+    output = finished("sweep", path, "--vary", "train.seed=0,1", "--store", pair.store)
+    assert output.count("training on") == 2
+    assert table(output) == table(swept.output)
+    assert digests(pair.store) == digests(swept.store)

@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "early_stopping": EarlyStoppingConfig(patience=2, metric="fvu", min_change=0.9)
     },
     "buffer": {"buffer": BufferConfig(rows=300, min_rows=100, fresh=0.7)},
-    "free": {},  # of the decoder, a field of the SAE
+    "unit": {},  # of the decoder, a field of the SAE
     "max_grad_norm": {"max_grad_norm": 0.5},
     "weight_decay": {"weight_decay": 0.3},
 }
@@ -97,8 +97,8 @@ def variant(architecture: str, name: str) -> tuple[SAEConfig, TrainConfig]:
         if architecture == "jumprelu":
             sae = with_changes(sae, {"architecture.threshold": 0.2})
             changes |= {"lr": 1e-2}
-    if name == "free":
-        sae = with_changes(sae, {"decoder": "free"})
+    if name == "unit":
+        sae = with_changes(sae, {"decoder": "unit"})
     sparsity = "l1" if objective.l0 is None else "l0"
     for key, value in VARIANTS[name].items():
         changes[key.replace("SPARSITY", sparsity)] = value

@@ -217,7 +217,8 @@ def test_no_threshold_falls_below_zero():
     JumpReLU().constrain(weights)
     torch.testing.assert_close(weights["threshold"], torch.tensor([0.0, 0.0, 0.2]))
     config = with_changes(SHORT, {"objective": ObjectiveConfig(l1=None), "lr": 3e-2})
-    sae = SAEConfig(d_sae=D_SAE, architecture=JumpReLU(threshold=0.05, bandwidth=0.2))
+    architecture = JumpReLU(threshold=0.05, bandwidth=0.2)
+    sae = SAEConfig(d_sae=D_SAE, architecture=architecture, decoder="unit")
     found = fit(sae, config).sae.more["threshold"]
     assert found.min() == 0
     assert found.max() > 0

@@ -150,7 +150,7 @@ AFTER_SAE = {"saes", "features", "interpretations", "campaigns"}
         ("sae", {"d_sae": 7}, {*AFTER_SAE, "trials"}),
         ("sae", {"architecture": ReLU(clip=7.0)}, {*AFTER_SAE, "trials"}),
         ("sae", {"architecture": TopK(k=7)}, {*AFTER_SAE, "trials"}),
-        ("sae", {"decoder": "free"}, {*AFTER_SAE, "trials"}),
+        ("sae", {"decoder": "unit"}, {*AFTER_SAE, "trials"}),
         ("sae", {"d_in": 7}, set()),
         ("train", {"steps": 700}, {*AFTER_SAE, "trials"}),
         ("train", {"seed": 7}, {*AFTER_SAE, "trials"}),

@@ -60,7 +60,7 @@ CONFIGS = [
     TrainConfig(),
     EVERYTHING,
     SAEConfig(),
-    SAEConfig(architecture=TopK(k=3), decoder="free", output="tanh"),
+    SAEConfig(architecture=TopK(k=3), decoder="unit", output="tanh"),
     SAEConfig(architecture=BatchTopK(k=3)),
     SAEConfig(architecture=JumpReLU(bandwidth=0.1)),
     CorpusConfig(limit=3),

@@ -21,7 +21,7 @@ from sae_ext.training.terms import L0, L1, ObjectiveConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 WARM = Schedule(warmup_steps=20)
 RELU = SAEConfig(d_sae=D_SAE)
-FREE = SAEConfig(d_sae=D_SAE, decoder="free")
+UNIT = SAEConfig(d_sae=D_SAE, decoder="unit")
 JUMP = SAEConfig(d_sae=D_SAE, architecture=JumpReLU(bandwidth=0.2, threshold=0.1))
 
 
@@ -104,7 +104,7 @@ def test_a_search_goes_on_from_its_state():
         (RELU, 3.0, 0.1, 800),
         (RELU, 3.0, 1.0, 800),
         (RELU, 6.0, 0.1, 800),
-        (FREE, 6.0, 0.1, 800),
+        (UNIT, 6.0, 0.1, 800),
         (JUMP, 6.0, 0.03, 1500),
     ],
 )

@@ -76,7 +76,8 @@ STOPPED = changed(
         "early_stopping": EarlyStoppingConfig(patience=1, metric="fvu"),
     },
 )
-"""On `few_rows` it ends before its last step."""
+UNIT = with_changes(RELU, {"decoder": "unit"})
+"""Trained so on `few_rows`, it ends before its last step."""
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,8 @@ def test_the_scale_is_folded_in_and_all_begins_where_it_should(b_dec):
 
 
 def test_unit_decoder_rows_have_length_one_and_free_ones_do_not(whole):
-    free = fit(*variant("relu", "free"))
-    lengths = [t.sae.parameters.W_dec.norm(dim=1) * t.scale for t in (whole[1], free)]
+    unit = fit(*variant("relu", "unit"))
+    lengths = [t.sae.parameters.W_dec.norm(dim=1) * t.scale for t in (unit, whole[1])]
     torch.testing.assert_close(lengths[0], torch.ones(D_SAE))
     assert (lengths[1] - 1).abs().max() > 0.01
 
@@ -179,7 +180,7 @@ BASES = {
         variant("topk", "revival")[0],
         with_changes(variant("topk", "revival")[1], {"revival.encoder_scale": 0.2}),
     ),
-    "stopped": (RELU, STOPPED),
+    "stopped": (UNIT, STOPPED),
     "classes": (
         RELU,
         changed(
@@ -191,7 +192,7 @@ BASES = {
 CHANGES: dict[str, tuple[str, str, Any]] = {
     "SAEConfig.d_sae": ("plain", "sae.d_sae", 31),
     "SAEConfig.architecture": ("plain", "sae.architecture", JumpReLU(threshold=0.1)),
-    "SAEConfig.decoder": ("plain", "sae.decoder", "free"),
+    "SAEConfig.decoder": ("plain", "sae.decoder", "unit"),
     "SAEConfig.output": ("plain", "sae.output", "tanh"),
     "SAEConfig.b_dec": ("plain", "sae.b_dec", "zero"),
     "ReLU.clip": ("plain", "sae.architecture.clip", 0.5),
@@ -516,7 +517,7 @@ def test_early_stopping_returns_the_best_and_says_so(metric, patience):
     config = changed(STOPPED, {"early_stopping": stopping, "keep_checkpoints": True, "steps": 300})
     kept: dict[int, tuple[SAE, dict[str, Any]]] = {}
     trained = fit(
-        RELU, config, few_rows(),
+        UNIT, config, few_rows(),
         keep=lambda step, sae, seen: kept.__setitem__(step, (sae, seen)),
     )  # fmt: skip
     value = {

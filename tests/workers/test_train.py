@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -238,9 +237,6 @@ def test_several_stages_in_one_call_end_as_each_alone_does(ray_here, rows, store
     assert driver.steps[0] == sorted(driver.steps[0])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorboard") is None, reason="the package tensorboard is not there"
-)
 def test_tensorboard_finds_every_line_of_the_history_in_a_folder_named_by_the_key(
     ray_here, store, tmp_path
 ):

@@ -110,12 +110,13 @@ def test_a_worker_that_was_asked_to_stop_lets_the_training_know(worker, trained)
 @pytest.mark.parametrize(
     ("error", "shared", "told"),
     [
-        (RuntimeError("Connection closed by peer\nmore"), True, WorkerDied),
+        (RuntimeError("[gloo/tcp/pair.cc:1] Connection closed by peer\nmore"), True, WorkerDied),
         (dist.DistBackendError("NCCL error"), True, WorkerDied),
         (NotImplementedError("a bug"), True, NotImplementedError),
         (torch.OutOfMemoryError("memory"), True, torch.OutOfMemoryError),
         (UserError("row 3 is bad"), True, UserError),
-        (RuntimeError("a bug"), False, RuntimeError),
+        (RuntimeError("a bug"), True, RuntimeError),
+        (RuntimeError("[gloo/tcp/pair.cc:1] Connection closed by peer"), False, RuntimeError),
     ],
 )
 def test_a_worker_whose_partner_is_gone_tells_it_as_a_death_which_is_tried_again(
@@ -132,6 +133,27 @@ def test_a_worker_whose_partner_is_gone_tells_it_as_a_death_which_is_tried_again
     assert type(raised.value) is told
     assert "\n" not in str(raised.value)
     assert not dist.is_initialized(), "the next training may share again"
+
+
+def test_lines_that_come_again_after_a_kill_are_shown_once(worker, trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = [25, 50, 75]
+
+    def tell(*_: Any, on_line: Callable[..., object], **__: Any) -> Iterator[Any]:
+        for step in told:
+            on_line(0, {"step": float(step), "loss": 0.5})
+        yield from ()
+
+    trained(tell)
+    board = str(tmp_path / "board")
+    updates(worker(board=board))
+    told = [50, 75, 100]
+    updates(worker(board=board))
+    (folder,) = (tmp_path / "board").iterdir()
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == [25, 50, 75, 100]
 
 
 def test_without_tensorboard_a_worker_that_should_write_it_says_what_to_do(
