@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -51,14 +50,16 @@ def test_a_bad_recipe_is_refused_before_anything_starts(
     assert not list(store.glob("activations/*"))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed"
-)
 def test_tensorboard_that_is_not_installed_is_told_before_anything_starts(
     sparsemill, recipe_file, tmp_path
 ):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys; sys.modules['tensorboard'] = None")
     path = recipe_file(resources={"tensorboard": str(tmp_path / "runs")})
-    command = sparsemill("run", str(path), "--store", str(tmp_path / "store"))
+    command = sparsemill(
+        "run", str(path), "--store", str(tmp_path / "store"), env={"PYTHONPATH": str(hidden)}
+    )
     refused(command, "tensorboard", "pip install")
     assert not list((tmp_path / "store").glob("activations/*"))
 

@@ -229,7 +229,7 @@ def test_a_sweep_prints_every_sae_and_how_far_the_seeds_agree(swept):
     )
     assert found, swept.output
     assert float(found[2]) < float(found[1]) < 1
-    assert re.search(r"^ *sweep +.*2 SAEs$", swept.output, re.MULTILINE)
+    assert re.search(r"^✓ sweep +2 SAEs ", swept.output, re.MULTILINE)
     assert swept.output.count("training on") == 1
 
 
