@@ -1,4 +1,4 @@
-"""Several SAEs in one pass over the activations: a grid of values, seeds among them, compared in one table.
+"""Several SAEs in one pass over the activations, or in one a worker: a grid of values, compared in one table.
 
 Every SAE ends as it would have alone, under its own key, so a sweep shares what other runs have made.
 """
@@ -36,7 +36,9 @@ def train_together(recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]
     if missing:
         bar = run.display.bar("sweep")
         try:
-            run.train(bar, missing, cpus=resources.train_cpus, workers=resources.train_workers)
+            # The last one of a sweep that was killed is no more shared by workers than the others were.
+            workers = min(resources.train_workers, len(missing))
+            run.train(bar, missing, cpus=resources.train_cpus, workers=workers)
         except BaseException:
             bar.abandon()
             raise
