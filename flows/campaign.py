@@ -106,7 +106,11 @@ def train(recipe: Recipe, keys: dict[str, str]) -> str:
         if bar is None:
             return wanted.key
         resources = recipe.resources
-        run.train(bar, [wanted], cpus=resources.train_cpus, workers=resources.train_workers)
+        diverged = run.train(
+            bar, [wanted], cpus=resources.train_cpus, workers=resources.train_workers
+        )
+        if diverged:
+            raise diverged[wanted.key]
         validation = run.store.manifest(saes.KIND, wanted.key).extra["validation"]
         bar.finish(
             f"validation FVU {figure(validation['fvu'])} at L0 {validation['l0']:.1f} → {wanted.key}"

@@ -186,7 +186,7 @@ def report(
     """Print a campaign's key figures and where its report is; --out copies it with the export.
 
     The copied folder opens in any browser without a network; `export/` in it is one that SAELens
-    loads.
+    loads, if it has such SAEs; where it has not, the last line says why.
 
     Example: [bold]sparsemill report --out /tmp/quickstart[/]
     """

@@ -28,8 +28,11 @@ def drain(api_url: str, patience: float) -> None:
 
 
 def _open_runs(client: httpx.Client) -> int:
-    """Task runs of the newest flow run that the server does not know to have ended."""
-    flows = client.post("/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    """Task runs of the flow run begun last that the server does not know to have ended."""
+    # A deployment may have runs scheduled for later.
+    begun = {"flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}}}
+    wanted = {**begun, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    flows = client.post("/flow_runs/filter", json=wanted)
     newest = flows.raise_for_status().json()
     if not newest:
         return 0

@@ -56,7 +56,7 @@ class Resources(BaseModel):
     train_cpus: Annotated[int, Field(ge=1)] = 2
     """CPUs of an actor that trains."""
     train_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of an actor that trains; 0 trains on CPUs."""
+    """GPUs of an actor that trains: one, a share of one, or 0 to train on CPUs."""
     train_workers: Annotated[int, Field(ge=1)] = 1
     """Actors that train: one SAE together, each on its part of every batch; of a sweep each its own SAEs."""
     train_readers: Annotated[int, Field(ge=0)] = 1
@@ -68,10 +68,11 @@ class Resources(BaseModel):
 
     @field_validator("train_gpus")
     @classmethod
-    def _whole_or_shared(cls, value: float) -> float:
-        if value > 1 and value != int(value):
+    def _at_most_one(cls, value: float) -> float:
+        if value > 1:
             raise UserError(
-                f"train_gpus must be a whole number, or below 1 for a share of a GPU, got {value:g}"
+                f"train_gpus must be at most 1, got {value:g}: for an SAE on several GPUs set train_workers, "
+                "of which each has its own"
             )
         return value
 
@@ -111,6 +112,7 @@ class Recipe(BaseModel):
             self.train,
             workers=self.resources.train_workers,
             on_gpu=self.resources.train_gpus > 0,
+            folders=False,
         )
         if self.tune.trials:
             if self.train.objective.l1 is None:

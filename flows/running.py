@@ -20,6 +20,7 @@ from flows import grid as grids
 from flows import stages
 from flows.prefect_server import PrefectServer
 from flows.recipe import Recipe
+from sae_ext.errors import Diverged
 from sae_ext.store import Store
 from sae_ext.training.history import require_tensorboard
 from workers.cluster import Cluster
@@ -46,8 +47,8 @@ def run(recipe: Recipe) -> dict[str, str]:
     return _served(recipe, store, stages.pending(recipe, store), work)
 
 
-def run_sweep(recipe: Recipe, vary: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """Train a grid of SAEs; returns what varies and the key of each.
+def run_sweep(recipe: Recipe, vary: Sequence[str]) -> list[tuple[dict[str, Any], str | Diverged]]:
+    """Train a grid of SAEs; returns what varies and the key of each, or why it diverged.
 
     Raises:
         UserError, KeyboardInterrupt: as `run`.
@@ -57,7 +58,7 @@ def run_sweep(recipe: Recipe, vary: Sequence[str]) -> list[tuple[dict[str, Any],
     todo = not all(stage.done(store) for stage in grids.stages_of(recipe, points))
     grid = [point.values for point in points]
 
-    def work() -> list[str]:
+    def work() -> list[str | Diverged]:
         from flows.sweep import sweep
 
         return sweep(recipe, grid)

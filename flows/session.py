@@ -21,6 +21,7 @@ from prefect.logging import get_run_logger
 from flows.display import Bar, Display
 from flows.recipe import Recipe, Resources
 from sae_ext.artefacts import Stage
+from sae_ext.errors import Diverged
 from sae_ext.store import Store
 from workers import pool
 from workers.cluster import Cluster, require_room
@@ -100,19 +101,32 @@ class Session:
             stop=self.stopping.is_set,
         )
 
-    def train(self, bar: Bar, wanted: list[Stage], *, cpus: int, workers: int = 1) -> None:
-        """Train SAEs on the same activations; several workers share out the SAEs, or the batches of one."""
+    def train(
+        self, bar: Bar, wanted: list[Stage], *, cpus: int, workers: int = 1
+    ) -> dict[str, Diverged]:
+        """Train SAEs on the same activations; several workers share out the SAEs, or the batches of one.
+
+        Returns:
+            The SAEs that are not in the store now, by key, and why.
+        """
         self.cluster.wait()
         r = self.resources
-        require_room(cpus, r.train_gpus, workers)
         parts: list[tuple[list[Stage], Share | None]]
         if len(wanted) == 1 < workers:
+            require_room(cpus, r.train_gpus, workers)  # they wait for each other
             meeting = Meeting(workers)  # stays until they are done
             parts = [(wanted, share) for share in meeting.shares()]
         else:
             parts = [(wanted[i::workers], None) for i in range(min(workers, len(wanted)))]
         for stage in wanted:
             self.store.sweep(stage.kind, stage.key)
+        diverged: dict[str, Diverged] = {}
+
+        def on_result(part: int, found: list[Any]) -> None:
+            for stage, result in zip(parts[part][0], found, strict=True):
+                if isinstance(result, Diverged):
+                    diverged[stage.key] = result
+
         board = None if r.tensorboard is None else str(Path(r.tensorboard).absolute())
         self.work(
             bar,
@@ -123,7 +137,9 @@ class Session:
             workers=len(parts),
             cpus=cpus,
             gpus=r.train_gpus,
+            on_result=on_result,
         )
+        return diverged
 
 
 class _PrefectProgress:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flows.display import figure
 from sae_ext.artefacts import campaigns, features, saes
-from sae_ext.errors import UserError
+from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics.stability import agreement
 from sae_ext.store import KINDS, Manifest, Store
 
@@ -45,12 +45,31 @@ def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
     if out is not None:
         folder = str(_copy(store, manifest, out))
     console.print(f"report  {folder}/{campaigns.REPORT}", soft_wrap=True)
-    console.print(f"export  {folder}/export  [dim](loads in SAELens)[/]", soft_wrap=True)
+    differs = manifest.extra["differs_in_saelens"]
+    said = "loads in SAELens" if differs is None else f"not for SAELens: {differs}"
+    console.print(f"export  {folder}/export  [dim]({escape(said)})[/]", soft_wrap=True)
 
 
-def sweep(console: Console, url: str, found: Sequence[tuple[dict[str, Any], str]]) -> None:
-    """The SAEs of a sweep side by side, and how far dictionaries that differ by seed agree."""
-    store = Store.open(url)
+def sweep(
+    console: Console, url: str, swept: Sequence[tuple[dict[str, Any], str | Diverged]]
+) -> None:
+    """The SAEs of a sweep side by side, and how far dictionaries that differ by seed agree.
+
+    Raises:
+        UserError: some diverged; the others are shown.
+    """
+    found = [(values, key) for values, key in swept if isinstance(key, str)]
+    if found:
+        _side_by_side(console, Store.open(url), found)
+    diverged = [f"{_named(values)}: {why}" for values, why in swept if isinstance(why, Diverged)]
+    if diverged:
+        others = f" (and {len(diverged) - 1} more)" if len(diverged) > 1 else ""
+        raise UserError(f"{len(diverged)} of {len(swept)} SAEs diverged: {diverged[0]}{others}")
+
+
+def _side_by_side(
+    console: Console, store: Store, found: Sequence[tuple[dict[str, Any], str]]
+) -> None:
     table = Table(box=None, pad_edge=False)
     varied = list(found[0][0])
     for heading in (*(name.rpartition(".")[2] for name in varied), "FVU", "L0", "dead", "λ", "key"):
@@ -86,11 +105,15 @@ def _by_seed(found: Sequence[tuple[dict[str, Any], str]]) -> dict[str, list[str]
     """Keys of SAEs that differ by seed alone, by what they have in common."""
     groups: dict[str, list[str]] = {}
     for values, key in found:
-        rest = ", ".join(f"{n} {v}" for n, v in values.items() if n != _SEED)
+        rest = _named({n: v for n, v in values.items() if n != _SEED})
         group = groups.setdefault(f"{rest}, " if rest else "", [])
         if key not in group:  # two ways to write a value are one SAE
             group.append(key)
     return {name: keys for name, keys in groups.items() if len(keys) > 1}
+
+
+def _named(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def listing(console: Console, url: str, kind: str) -> None:

@@ -16,11 +16,16 @@ from flows.campaign import harvest
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from sae_ext.artefacts import Stage, activations, saes
+from sae_ext.errors import Diverged
 
 
 @flow(name="sweep", flow_run_name="{recipe.name} sweep", log_prints=False)
-def sweep(recipe: Recipe, grid: list[dict[str, Any]]) -> list[str]:
-    """Train every point of a grid in one pass; returns the SAEs' keys in its order."""
+def sweep(recipe: Recipe, grid: list[dict[str, Any]]) -> list[str | Diverged]:
+    """Train every point of a grid in one pass.
+
+    Returns:
+        In the grid's order the SAEs' keys, or why one diverged.
+    """
     with session.opened(recipe):
         keys = {activations.KIND: harvest(recipe)}
         points = [recipes.replaced(recipe, point) for point in grid]
@@ -28,22 +33,26 @@ def sweep(recipe: Recipe, grid: list[dict[str, Any]]) -> list[str]:
 
 
 @task(name="train", task_run_name="train {recipe.name} sweep", **STAGE)
-def train_together(recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]) -> list[str]:
+def train_together(
+    recipe: Recipe, points: list[Recipe], keys: Mapping[str, str]
+) -> list[str | Diverged]:
     """Train what is not in the store yet."""
     run, resources = session.current(), recipe.resources
     wanted = [saes.stage(p.sae, p.train, keys[activations.KIND]) for p in points]
     missing = [stage for stage in _different(wanted) if not stage.done(run.store)]
+    diverged: dict[str, Diverged] = {}
     if missing:
         bar = run.display.bar("sweep")
         try:
             # The last one of a sweep that was killed is no more shared by workers than the others were.
             workers = min(resources.train_workers, len(missing))
-            run.train(bar, missing, cpus=resources.train_cpus, workers=workers)
+            diverged = run.train(bar, missing, cpus=resources.train_cpus, workers=workers)
         except BaseException:
             bar.abandon()
             raise
-        bar.finish(f"{len(missing)} SAE{'s' * (len(missing) > 1)}")
-    return [stage.key for stage in wanted]
+        done = len(missing) - len(diverged)
+        bar.finish(f"{done} SAE{'s' * (done != 1)}")
+    return [diverged.get(stage.key, stage.key) for stage in wanted]
 
 
 def _different(wanted: Sequence[Stage]) -> list[Stage]:

@@ -23,6 +23,7 @@ from sae_ext.artefacts import Stage, activations, saes, trials
 from sae_ext.config import TuneConfig, with_changes
 from sae_ext.errors import Diverged, UserError
 from sae_ext.store import Store
+from workers.pool import SAVING_SECONDS
 
 _COLUMNS = pa.schema(
     [
@@ -39,7 +40,8 @@ _COLUMNS = pa.schema(
 )
 
 
-@task(name="tune", task_run_name="tune {recipe.tune.trials} trials", **STAGE)
+# What fails in a trial has been tried again there; and a failed round has told its trials to stop.
+@task(name="tune", task_run_name="tune {recipe.tune.trials} trials", **{**STAGE, "retries": 0})
 def tune(recipe: Recipe, keys: dict[str, str]) -> str:
     """Search, commit the table of trials and its winner; returns the key."""
     run = session.current()
@@ -77,9 +79,11 @@ def trial(recipe: Recipe, source: str, trial: Trial) -> tuple[str, dict[str, Any
         cpus = max(1, recipe.resources.train_cpus // recipe.tune.parallel)
         bar = run.display.bar(f"trial {trial.trial}")
         try:
-            run.train(bar, [wanted], cpus=cpus)
+            diverged = run.train(bar, [wanted], cpus=cpus)
         finally:
             bar.abandon()
+        if diverged:
+            raise diverged[wanted.key]
     return wanted.key, run.store.manifest(saes.KIND, wanted.key).extra["validation"]
 
 
@@ -146,7 +150,7 @@ def _run_round(book: Ledger, recipe: Recipe, source: str, round_: Sequence[Trial
     except BaseException:
         # The trials' threads must have left Ray before anyone shuts it down.
         run.stopping.set()
-        wait([future for _, future in futures], timeout=5)
+        wait([future for _, future in futures], timeout=SAVING_SECONDS)
         raise
 
 

@@ -113,8 +113,9 @@ def analyse_shard(
         columns.append(code.col.numpy())
         values.append(code.val.numpy().astype(np.float32))
         if is_test[part].any():
-            held = sae.encode(x[is_test[part]])
-            found.held_out.update(x[is_test[part]], sae.decode(held), held, sae.clip)
+            x_held = x[is_test[part]]
+            held = sae.encode(x_held)
+            found.held_out.update(sae.target(x_held), sae.decode(held), held, sae.clip)
     row_ptr, col, val = np.concatenate(pointers), np.concatenate(columns), np.concatenate(values)
     found.features.rows = len(rows)
     found.features.update(col, val, np.repeat(of_document[owners], np.diff(row_ptr)))

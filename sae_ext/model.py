@@ -29,6 +29,7 @@ CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 # The oldest file layout version under which SAELens reads the metadata instead of migrating it.
 _SAELENS_LAYOUT = "6.0.0"
+_CLIP_LENGTH = "activation_clip_decoder_norm"
 _PLAIN = {
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
@@ -126,6 +127,7 @@ class SAE:
                 "sae_lens_version": _SAELENS_LAYOUT,
                 "sae_lens_training_version": None,
                 "activation_clip": self.clip,
+                _CLIP_LENGTH: None if self.clip is None else self._mean_length(),
                 "output_activation": self.output,
             },
         }
@@ -184,7 +186,25 @@ class SAE:
                 f"metadata.output_activation in {CFG_FILE} is {output!r}; we know "
                 f"{', '.join(get_args(Output))}"
             )
-        return cls(parameters, LAYOUTS[layout].from_layout(cfg), tensors, output)
+        sae = cls(parameters, LAYOUTS[layout].from_layout(cfg), tensors, output)
+        sae._check_clip(cfg.get("metadata", {}))
+        return sae
+
+    def _mean_length(self) -> float:
+        return float(self.parameters.W_dec.norm(dim=1).double().mean())
+
+    def _check_clip(self, metadata: dict[str, Any]) -> None:
+        """Another program may have moved the decoder rows' lengths into the features, but not into the clip."""
+        then = metadata.get(_CLIP_LENGTH)
+        if self.clip is None or then is None:
+            return
+        now = self._mean_length()
+        if abs(now - then) > 1e-3 * then:
+            raise UserError(
+                f"metadata.activation_clip in {CFG_FILE} was for decoder rows of mean length {then:.4g}, but they "
+                f"have {now:.4g}, so features are in other units: take the SAE as it was before, or set the clip "
+                "to null if it is not to count"
+            )
 
 
 def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -80,6 +80,8 @@ class _Job:
     """Whether a loss that is no number stops it."""
     fired: Tensor | None = None
     result: StepResult | None = None
+    given_up: Exception | None = None
+    """Why there will be no result."""
 
 
 class _Slot:
@@ -220,7 +222,8 @@ class Queue:
             while job.result is None and job in self._jobs:
                 self._settle()
         if job.result is None:
-            raise RuntimeError("this step was given up, for the error that was raised before")
+            assert job.given_up is not None
+            raise job.given_up
         return job.result
 
     def state(self) -> dict[str, Any]:
@@ -336,10 +339,11 @@ class Queue:
                 for again in self._jobs:
                     self._enqueue(again)
                     queued += 1
-            except Exception:
+            except Exception as error:
                 while len(self._jobs) > queued:
-                    given_up = self._jobs.pop()
-                    given_up.adam.step = given_up.step - 1
+                    job = self._jobs.pop()
+                    job.given_up = error
+                    job.adam.step = job.step - 1
                 self._recover()
                 raise
             return

@@ -40,7 +40,7 @@ KINDS = ("activations", "saes", "trials", "features", "interpretations", "campai
 
 # Part of every key: raised when a stage's code changes what the same config produces, so that
 # old artefacts are not taken for new ones.
-STAGE_VERSIONS = {**dict.fromkeys(KINDS, 1), "saes": 2, "trials": 2}
+STAGE_VERSIONS = {**dict.fromkeys(KINDS, 1), "saes": 2, "trials": 2, "campaigns": 2}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from workers.cluster import require_room
 from workers.events import Event, Result
 
 _SLICE_SECONDS = 0.25
-_SAVING_SECONDS = 20.0  # what workers have at most to save their state before they are killed
+SAVING_SECONDS = 20.0
+"""What workers have at most to save their state before they are killed."""
 
 
 class WorkerDied(Exception):
@@ -124,7 +125,7 @@ def _let_save(running: dict[Any, tuple[int, Any]]) -> None:
     for _, actor in running.values():
         actor.stop.remote()
     left = list(running)
-    end = time.monotonic() + _SAVING_SECONDS
+    end = time.monotonic() + SAVING_SECONDS
     while left and time.monotonic() < end:
         ready, _ = ray.wait(left, num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False)
         for stream in ready:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from sae_ext import ops
 from sae_ext.artefacts import Stage, saes
+from sae_ext.errors import Diverged
 from sae_ext.store import Store
 from sae_ext.training.history import Line, TensorBoard
 from sae_ext.training.job import Place
@@ -70,12 +71,12 @@ class TrainWorker:
         self.stopping.set()
 
     def train(self, stages: Sequence[Stage], share: Share | None = None) -> Iterator[Event]:
-        """Train SAEs on the same activations and commit them; the result is their validation metrics."""
+        """Train SAEs on the same activations and commit them; the result is as `saes.train_and_commit` has it."""
         yield from streamed(self._train(stages, share))
 
     def _train(
         self, stages: Sequence[Stage], share: Share | None
-    ) -> Generator[Update, None, list[dict[str, Any]]]:
+    ) -> Generator[Update, None, list[dict[str, Any] | Diverged]]:
         torch.set_num_threads(self.threads)
         device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
         log.info(
@@ -90,7 +91,7 @@ class TrainWorker:
 
     def _train_at(
         self, stages: Sequence[Stage], place: Place
-    ) -> Generator[Update, None, list[dict[str, Any]]]:
+    ) -> Generator[Update, None, list[dict[str, Any] | Diverged]]:
         boards: dict[int, TensorBoard] = {}
 
         def on_line(number: int, line: Line) -> None:
@@ -108,7 +109,7 @@ class TrainWorker:
             try:
                 p = next(work)
             except StopIteration as stop:
-                metrics: list[dict[str, Any]] = stop.value
+                metrics: list[dict[str, Any] | Diverged] = stop.value
                 return metrics
             steps[p.number] = p.step
             told = [

@@ -107,7 +107,8 @@ def peer(
         env={**os.environ, **_CHILD}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if child.returncode:
-        raise UserError(f"{name} cannot be trained: {child.stderr.strip().splitlines()[-1]}")
+        said = child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"]
+        raise UserError(f"{name} cannot be trained: {said[-1]}")
     seconds = json.loads(request.with_suffix(".out").read_text(encoding="utf-8"))["seconds"]
     sae = SAE(Parameters(**load_file(request.with_suffix(".safetensors"))))
     held_out = np.load(x)[-settings.held_out :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,35 +38,49 @@ _CONFIG = TrainConfig(
 
 
 def kills(x: Path, work: Path, count: int, tell: Callable[[str], None]) -> int:
-    """How many of `count` trainings, each killed once at a random moment, end with the same bytes."""
-    whole, seconds = _timed(x, work / "whole")
+    """How many of `count` trainings, each killed at a random moment after its first checkpoint, go on from
+    there and end with the same bytes."""
+    folder = work / "whole"
+    child = _start(x, folder)
+    _until(folder / "state", child)
+    begun = time.perf_counter()
+    whole, rest = _ended(child, folder), time.perf_counter() - begun
     rng = random.Random(0)
-    same = 0
-    for number in range(count):
-        folder = work / f"killed-{number}"
-        moment = rng.uniform(0, seconds)
+    same = killed = 0
+    while killed < count:
+        folder = work / f"killed-{killed}"
         child = _start(x, folder)
+        _until(folder / "state", child)
+        moment = rng.uniform(0, rest)
         time.sleep(moment)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        reached = (
-            "before its first checkpoint" if not (folder / "state").exists() else "and went on"
-        )
-        again, _ = _timed(x, folder)
+        if (folder / "hash").exists():  # it was quicker than the first one, and had ended
+            shutil.rmtree(folder)
+            continue
+        killed += 1
+        again = _ended(_start(x, folder), folder)
         same += again == whole
         tell(
-            f"killed after {moment:4.1f} s {reached}: {'same bytes' if again == whole else 'DIFFERENT'}"
+            f"killed {moment:4.1f} s after its first checkpoint: "
+            f"{'same bytes' if again == whole else 'DIFFERENT'}"
         )
     return same
 
 
-def _timed(x: Path, folder: Path) -> tuple[str, float]:
-    """The hash of a training's weights, history and events, run to its end, and how long that took."""
-    started = time.perf_counter()
-    child = _start(x, folder)
+def _until(path: Path, child: subprocess.Popen[bytes]) -> None:
+    """Wait for a file."""
+    while not path.exists():
+        if child.poll():
+            raise RuntimeError(f"the training in {path.parent} failed")
+        time.sleep(0.01)
+
+
+def _ended(child: subprocess.Popen[bytes], folder: Path) -> str:
+    """The hash of a training's weights, history and events, once it has ended."""
     if child.wait():
         raise RuntimeError(f"the training in {folder} failed")
-    return (folder / "hash").read_text(encoding="utf-8"), time.perf_counter() - started
+    return (folder / "hash").read_text(encoding="utf-8")
 
 
 def _start(x: Path, folder: Path) -> subprocess.Popen[bytes]:

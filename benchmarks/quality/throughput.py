@@ -1,4 +1,4 @@
-"""Training from shards on disk against the same steps on rows that are in memory already."""
+"""Training from mapped shards (in the page cache) against the same steps on rows that are tensors already."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TURN = 25  # steps of each in turn
 
 
 def ratio(data: Activations, settings: Settings, l1: float, tell: Callable[[str], None]) -> float:
-    """Rate of steps from disk ÷ rate of steps on resident rows, the same rows, in turns."""
+    """Rate of steps from mapped shards ÷ rate of steps on resident rows, the same rows, in turns."""
     rows = data.rows("train")
     mean, scale = _start(data)
     learners = [_learner(settings, l1, data.d_in, mean) for _ in range(2)]
@@ -27,12 +27,12 @@ def ratio(data: Activations, settings: Settings, l1: float, tell: Callable[[str]
     # Past the dense phase, in which reading matters less.
     warm = settings.l1_warmup + settings.lr_warmup
     with (
-        EpochRows(data, rows, settings.batch_rows, seed=0) as from_disk,
+        EpochRows(data, rows, settings.batch_rows, seed=0) as from_shards,
         EpochRows(data, rows, settings.batch_rows, seed=0, readers=0) as resident,
     ):
         for turn in range(settings.steps // _TURN):
             batches = [resident.next().x * scale for _ in range(_TURN)]
-            for which, source in enumerate((_read(from_disk, scale), iter(batches))):
+            for which, source in enumerate((_read(from_shards, scale), iter(batches))):
                 started = time.perf_counter()
                 for x in source:
                     learners[which].step(x, {})
@@ -40,8 +40,8 @@ def ratio(data: Activations, settings: Settings, l1: float, tell: Callable[[str]
                 if turn * _TURN >= warm:
                     seconds[which] += time.perf_counter() - started
     steps = settings.steps - -(-warm // _TURN) * _TURN
-    for name, spent in zip(("from disk", "resident"), seconds, strict=True):
-        tell(f"{name:<10} {1000 * spent / steps:6.1f} ms a step")
+    for name, spent in zip(("from shards", "resident"), seconds, strict=True):
+        tell(f"{name:<11} {1000 * spent / steps:6.1f} ms a step")
     return seconds[1] / seconds[0]
 
 

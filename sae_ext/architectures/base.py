@@ -77,6 +77,8 @@ class Architecture:
     """Names of what it learns beside the four that has a row or number for each feature."""
     sparse_alone: ClassVar[bool] = False
     """Whether it is sparse without a penalty."""
+    ranks: ClassVar[bool] = False
+    """Whether a feature has to be among the largest to be active, so that a silent one may be positive."""
     own_target: ClassVar[bool] = False
     """Whether x̂ should be something else than x."""
     by_row: ClassVar[bool] = True

@@ -35,6 +35,7 @@ class BatchTopK(Architecture):
 
     __pydantic_config__ = STRICT
     sparse_alone: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
     by_row: ClassVar[bool] = False
 
     kind: Literal["batchtopk"] = "batchtopk"

@@ -125,19 +125,29 @@ class Projection(Architecture):
     target: Target = "stopgrad"  # type: ignore[assignment]  # the method is asked after training alone
     """What x̂ should be, see the module."""
 
+    @property
+    def sparse_alone(self) -> bool:  # type: ignore[override]
+        """As the autoencoder."""
+        return self._pretrained.inner.sparse_alone
+
+    @property
+    def ranks(self) -> bool:  # type: ignore[override]
+        """As the autoencoder."""
+        return self._pretrained.inner.ranks
+
     def begins_from(self) -> str:
         """A hash of the folder's files that are read."""
         digest = hashlib.sha256()
         for name in ("cfg.json", "sae_weights.safetensors", "training.json"):
             path = Path(self.pretrained, name)
             digest.update(path.read_bytes() if path.exists() else b"")
-        self._pretrained()  # says what is wrong with it
+        _ = self._pretrained  # says what is wrong with it
         return digest.hexdigest()[:16]
 
     @property
     def clip(self) -> float | None:
         """That of the folder, for decoder rows of length 1."""
-        return self._pretrained().inner.clip
+        return self._pretrained.inner.clip
 
     def initial(
         self, d_in: int, d_sae: int, b_dec: Tensor, classes: Mapping[str, list[str]], seed: int
@@ -148,7 +158,7 @@ class Projection(Architecture):
         Raises:
             UserError: the folder has another number of features, or cannot be trained on.
         """
-        found = self._pretrained()
+        found = self._pretrained
         params = found.params
         width = params.W_dec.shape[1]
         require(
@@ -171,12 +181,12 @@ class Projection(Architecture):
 
     def counted(self) -> dict[str, Tensor]:
         """Thresholds, which do not learn."""
-        threshold = self._pretrained().threshold
+        threshold = self._pretrained.threshold
         return {} if threshold is None else {_THRESHOLD: threshold.clone()}
 
     def forward(self, x: Tensor, weights: Weights, now: Now, *, price: Tensor | None) -> Forward:
         """The autoencoder on P(e), beside what it should give."""
-        params, inner = four(weights), self._pretrained().inner
+        params, inner = four(weights), self._pretrained.inner
         read = projected(x, weights)
         support = None
         if not isinstance(inner, ReLU):
@@ -203,17 +213,24 @@ class Projection(Architecture):
         more = {name: weights[name] for name in _OWN if name in weights}
         if _THRESHOLD in counters:
             more[_THRESHOLD] = counters[_THRESHOLD]
-        inner = self._pretrained().inner
+        inner = self._pretrained.inner
         return Projected(inner=inner, reads_out=self.target == "embedding"), more
 
     def read(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """P(e)."""
         return projected(x, tensors)
 
+    def d_out(self, params: Parameters, tensors: Mapping[str, Tensor]) -> int:
+        """Width of e where it is read out."""
+        if self.target == "embedding":
+            return int(tensors[_READOUT].shape[0])
+        return super().d_out(params, tensors)
+
+    @functools.cached_property
     def _pretrained(self) -> _Pretrained:
+        """Read once: in a run it stays what it was, whatever becomes of the folder meanwhile."""
         folder = Path(self.pretrained)
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        # Read once, but again where the folder was written anew.
         return _load(self.pretrained, tuple((f.name, f.stat().st_mtime_ns) for f in files))
 
 

@@ -18,7 +18,8 @@ class ReLU(Architecture):
 
     kind: Literal["relu"] = "relu"
     clip: float | None = None
-    """Upper bound on a feature's activation, in units where E‖x‖ = sqrt(d_in); none when absent."""
+    """Upper bound on a feature's activation; none when absent. Where decoder rows have length 1 it is in units
+    in which E‖x‖ = sqrt(d_in); with a free decoder features have units of their own: z_j ‖W_dec,j‖ is in those."""
 
     def __post_init__(self) -> None:
         require_finite(self)

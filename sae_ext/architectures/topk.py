@@ -20,6 +20,7 @@ class TopK(Architecture):
 
     __pydantic_config__ = STRICT
     sparse_alone: ClassVar[bool] = True
+    ranks: ClassVar[bool] = True
     layout: ClassVar[str] = "topk"
 
     kind: Literal["topk"] = "topk"

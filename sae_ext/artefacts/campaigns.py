@@ -2,8 +2,8 @@
 
 `report.html` with `plotly.min.js` beside it, `campaign.parquet` (columns:
 `sae_ext.report.campaign_table`), and `export/`, the SAE's folder, which SAELens opens as well where it has
-such an SAE (`sparsemill export` is what checks that). Content depends on the inputs alone, as
-everywhere: dates and timings stand in the manifests.
+such an SAE: `differs_in_saelens` in the manifest says why it does not, null where it does. Content depends on
+the inputs alone, as everywhere: dates and timings stand in the manifests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from sae_ext.analysis import histogram_edges
 from sae_ext.artefacts import Stage, features, interpretations, saes, trials
+from sae_ext.interchange import saelens
 from sae_ext.model import SAE
 from sae_ext.report import ReportData, build_report, campaign_facts, campaign_table
 from sae_ext.store import Manifest, Store, code_version, table_bytes
@@ -44,7 +45,8 @@ def commit(store: Store, stage: Stage) -> Manifest:
     sae = stage.inputs["saes"]
     files |= {f"export/{name}": store.read(saes.KIND, sae, name) for name in EXPORT}
     facts = {name: store.put(KIND, stage.key, name, content) for name, content in files.items()}
-    return stage.commit(store, facts, campaign_facts(data))
+    differs = saelens.difference(saes.load(store, sae), data.summary.get("clip_rate"))
+    return stage.commit(store, facts, {**campaign_facts(data), "differs_in_saelens": differs})
 
 
 def report_data(store: Store, stage: Stage) -> ReportData:

@@ -26,6 +26,7 @@ from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
 from sae_ext.store import Store, table_bytes
+from sae_ext.training.checks import check_together
 from sae_ext.training.history import Line, events_table, history_table
 from sae_ext.training.job import Job, Place, Progress, Trained
 from sae_ext.training.run import EVALUATION_BATCH, train_many
@@ -37,10 +38,15 @@ _SPARSITY_FLOOR = 1e-10
 
 
 def stage(sae: SAEConfig, config: TrainConfig, activations: str) -> Stage:
-    """An SAE trained on the activations with that key."""
+    """An SAE trained on the activations with that key.
+
+    Raises:
+        UserError: it begins from a folder that holds none, or one that goes with another training.
+    """
     inputs = {"activations": activations}
     if (begun := sae.architecture.begins_from()) is not None:
         inputs["pretrained"] = begun
+        check_together(sae, config)
     return Stage(KIND, {"sae": shape(sae), "train": to_dict(config)}, inputs)
 
 
@@ -66,44 +72,51 @@ def train_and_commit(
     place: Place = Place(),
     stop: Callable[[], bool] = lambda: False,
     on_line: Callable[[int, Line], object] = lambda number, line: None,
-) -> Generator[Progress, None, list[dict[str, Any]]]:
+) -> Generator[Progress, None, list[dict[str, Any] | Diverged]]:
     """Train on the same activations in one pass, or go on from the last checkpoints, and commit; yields progress.
 
     Args:
         on_line: called with an SAE's number and each line of its history.
 
     Returns:
-        The metrics of each on the validation split; of several workers on one SAE only the first commits.
+        Of each the metrics on the validation split, or why it diverged and is not committed; of several
+        workers on one SAE only the first commits.
 
     Raises:
-        Diverged: a term of some was not finite; the others are committed.
         UserError, Stopped: as `sae_ext.training.run.train`.
     """
     activations = Activations(store, stages[0].inputs["activations"])
+    for stage in stages:
+        _check_pretrained(stage)
     files: list[dict[str, dict[str, Any]]] = [{} for _ in stages]
     jobs = [
         _job(store, stage, files[number], partial(on_line, number))
         for number, stage in enumerate(stages)
     ]
     trained = yield from train_many(activations, jobs, place=place, stop=stop)
-    good = [(s, made, r) for s, made, r in zip(stages, files, trained, strict=True)
-            if not isinstance(r, Diverged)]  # fmt: skip
-    if place.share[0] == 0:
-        for stage, made, result in good:
-            for name, data in _contents(result, activations, stage).items():
-                made[name] = store.put(KIND, stage.key, name, data)
-            extra = {
-                "validation": result.validation,
-                "penalty": result.penalty,
-                "steps": result.steps,
-                "seed": stage.config["train"]["seed"],
-            }
-            stage.commit(store, made, extra)
-    failed = [result for result in trained if isinstance(result, Diverged)]
-    if failed:
-        others = f" ({len(failed)} of {len(trained)} SAEs diverged, the others are done)"
-        raise Diverged(f"{failed[0]}{others if len(trained) > 1 else ''}")
-    return [result.validation for _, _, result in good]
+    for stage, made, result in zip(stages, files, trained, strict=True):
+        if isinstance(result, Diverged) or place.share[0] > 0:
+            continue
+        for name, data in _contents(result, activations, stage).items():
+            made[name] = store.put(KIND, stage.key, name, data)
+        extra = {
+            "validation": result.validation,
+            "penalty": result.penalty,
+            "steps": result.steps,
+            "seed": stage.config["train"]["seed"],
+        }
+        stage.commit(store, made, extra)
+    return [r if isinstance(r, Diverged) else r.validation for r in trained]
+
+
+def _check_pretrained(stage: Stage) -> None:
+    """What the SAE begins from is what its key was made of."""
+    sae = from_dict(SAEConfig, stage.config["sae"])
+    if sae.architecture.begins_from() != stage.inputs.get("pretrained"):
+        raise UserError(
+            "the SAE under sae.architecture.pretrained is not, on the machine that trains, the one this run was "
+            "started with: leave it as it was until the training has ended, or start again"
+        )
 
 
 def _job(
@@ -193,18 +206,10 @@ def metadata(source: dict[str, Any], validation: dict[str, Any]) -> dict[str, An
 
 
 def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[str, bytes]:
-    training = {
-        "config": stage.config,
-        "activations": activations.key,
-        "scale": trained.scale,
-        "penalty": trained.penalty,
-        "steps": trained.steps,
-        "validation": trained.validation,
-    }
     return {
         **trained.sae.files(metadata(activations.manifest.config, trained.validation)),
         "sparsity.safetensors": save_tensors({"sparsity": _log_density(trained.density.numpy())}),
-        "training.json": json.dumps(training, indent=1, sort_keys=True).encode(),
+        "training.json": trained.told(stage.config, activations.key),
         "history.parquet": table_bytes(trained.history),
         "events.parquet": table_bytes(trained.events),
     }

@@ -113,8 +113,10 @@ def _weights(path: Path) -> dict[str, Tensor]:
     weights = {
         short: state[name]
         for name, short in named.items()
-        if state[name].ndim > 1 or not _COUNTED.search(short)
+        if state[name].ndim > 1 or not _COUNTED.search(short.rpartition(".")[2])
     }
+    if left_out := sorted(named.values() - weights.keys()):
+        _log.info("%s: left out as statistics of training: %s", path, ", ".join(left_out))
     return widened(weights, str(path))
 
 

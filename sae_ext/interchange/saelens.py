@@ -22,6 +22,21 @@ from sae_ext.interchange.folder import write_folder
 from sae_ext.model import CFG_FILE, SAE, WEIGHTS_FILE, contents
 
 _RESCALED = "rescale_acts_by_decoder_norm"
+_KNOWN = (ReLU, TopK, Thresholds)
+
+
+def difference(sae: SAE, clip_rate: float | None) -> str | None:
+    """Why SAELens would not give the same numbers as this SAE; None where it does.
+
+    Args:
+        clip_rate: as in `write`.
+    """
+    try:
+        check_representable(sae, "SAELens", _KNOWN)
+        clip_facts(sae, "SAELens", clip_rate=clip_rate, allow_clip=False)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def write(
@@ -44,7 +59,7 @@ def write(
     Raises:
         UserError: SAELens cannot represent the SAE, or the folder is in use.
     """
-    check_representable(sae, "SAELens", (ReLU, TopK, Thresholds))
+    check_representable(sae, "SAELens", _KNOWN)
     facts = clip_facts(sae, "SAELens", clip_rate=clip_rate, allow_clip=allow_clip)
     try:
         files = sae.files({**metadata, **facts})

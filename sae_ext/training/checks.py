@@ -13,21 +13,32 @@ from sae_ext.training.terms import L0, L1
 
 
 def check_together(
-    sae: SAEConfig, train: TrainConfig, *, workers: int = 1, on_gpu: bool = False
+    sae: SAEConfig,
+    train: TrainConfig,
+    *,
+    workers: int = 1,
+    on_gpu: bool = False,
+    folders: bool = True,
 ) -> None:
-    """Raise `UserError`, naming the field and the remedy, where they do not go together."""
+    """Raise `UserError`, naming the field and the remedy, where they do not go together.
+
+    Args:
+        folders: look into the folder that an autoencoder begins from; a recipe can be read without it.
+    """
     architecture, objective = sae.architecture, train.objective
     kind = type(architecture).__name__
+    if folders or not isinstance(architecture, Projection):
+        _check_sparsity(sae, train)
     for name, schedule in architecture.schedules().items():
         schedule.check_fits(train.steps, f"sae.architecture.{name}")
     objective.check_serves(architecture)
     require(
-        objective.l1 is None or not architecture.sparse_alone,
-        f"train.objective.l1 is a penalty, which the architecture {kind} does without: set l1 to null",
-    )
-    require(
         objective.l0 is None or objective.l1 is None,
         "train.objective has both l0 and l1, which is there unless it is left out: set l1 to null",
+    )
+    require(
+        "gates" not in architecture.gives or objective.reward is not None,
+        f"the gates of a {kind} learn from train.objective.reward alone: give it",
     )
     _check_output(sae, train)
     _check_targets(sae, train)
@@ -39,6 +50,20 @@ def check_together(
             train.batch_rows <= train.buffer.min_rows,
             f"train.buffer.min_rows is {train.buffer.min_rows}, but a batch has {train.batch_rows} rows: raise it",
         )
+
+
+def _check_sparsity(sae: SAEConfig, train: TrainConfig) -> None:
+    architecture, objective = sae.architecture, train.objective
+    kind = type(architecture).__name__
+    require(
+        objective.l1 is None or not architecture.sparse_alone,
+        f"train.objective.l1 is a penalty, which the architecture {kind} does without: set l1 to null",
+    )
+    require(
+        objective.auxk is None or architecture.ranks,
+        f"train.objective.auxk reaches features that are positive but not among the largest, and a silent one of "
+        f"a {kind} never is: leave it out and set train.revival, or choose topk or batchtopk",
+    )
 
 
 def _check_output(sae: SAEConfig, train: TrainConfig) -> None:
@@ -58,11 +83,15 @@ def _check_output(sae: SAEConfig, train: TrainConfig) -> None:
         "train.objective.auxk is about x̂ as it is before the read-out: leave it out, or set "
         "sae.architecture.target to stopgrad",
     )
-    stopping = train.early_stopping
-    require(
-        stopping is None or stopping.metric == "fvu" or not architecture.own_target,
-        f"train.early_stopping.metric must be fvu where a {kind} has a target of its own",
-    )
+    if train.early_stopping is not None and train.early_stopping.metric == "loss":
+        why = None
+        if architecture.own_target:
+            why = f"a {kind} has a target of its own"
+        elif train.objective.reward is not None:
+            why = "rewards are not computed on validation rows"
+        elif architecture.ordinary_from and train.objective.l1 is not None:
+            why = f"l1 is about some features of a {kind} alone"
+        require(why is None, f"train.early_stopping.metric must be fvu: {why}")
 
 
 def _check_targets(sae: SAEConfig, train: TrainConfig) -> None:
@@ -94,6 +123,11 @@ def _check_dead(train: TrainConfig) -> None:
     require(
         revival is None or revival.every is None or revival.every <= revival.until * train.steps,
         "train.revival.every is longer than the part of the run in which features are revived (until): lower it",
+    )
+    require(
+        revival is None or revival.every is None or revival.rewarm_steps <= revival.every,
+        "train.revival.rewarm_steps is longer than every, so that the learning rate would never come back: lower "
+        "it",
     )
 
 

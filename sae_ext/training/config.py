@@ -64,7 +64,7 @@ class EarlyStoppingConfig:
     patience: int = 5
     """Checkpoints in a row without improvement after which training ends."""
     metric: Literal["loss", "fvu"] = "loss"
-    """`loss`: reconstruction and L1 terms with their full weights, before row weights; `fvu`."""
+    """`loss`: reconstruction, L1 and L0 terms with their full weights, before row weights; `fvu`."""
     min_change: float = 0.0
     """Share by which the best must be undercut to count as better."""
 

@@ -1,14 +1,14 @@
 """Training from a notebook or a script, without a store or a cluster: a progress bar and a folder.
 
     from sae_ext.activations.dataset import InMemory
-    from sae_ext.config import SAEConfig, TrainConfig
+    from sae_ext.config import SAEConfig, TrainConfig, to_dict
     from sae_ext.training.fit import fit
 
     trained = fit(InMemory(x), SAEConfig(d_sae=4096), TrainConfig(steps=3000), "runs/first")
     code = trained.sae.encode(x[:8])
 
 Ctrl-C or SIGTERM saves a checkpoint first; the same call goes on from there, and so it does after a kill.
-The folder then holds an SAE that SAELens loads, its history, events and checkpoint.
+The folder then holds an SAE that SAELens loads, how it was trained, its history, events and checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import FrameType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sae_ext.activations.dataset import Dataset
-from sae_ext.config import SAEConfig, TrainConfig
+from sae_ext.config import SAEConfig, TrainConfig, to_dict
 from sae_ext.errors import Stopped
 from sae_ext.model import SAE
 from sae_ext.store import table_bytes, write_atomically
@@ -77,9 +77,13 @@ def fit(
                 f"{p.rows_per_second:,.0f} rows/s"
             )
             bar.update(task, completed=p.step, note=note)
+    if place.share[0] > 0:  # the first worker has looked at the validation split, and writes
+        return trained
     _write(root, trained.sae, {"l0": trained.validation["l0"], "fvu": trained.validation["fvu"]})
     for name, table in (("history", trained.history), ("events", trained.events)):
         write_atomically(root / f"{name}.parquet", table_bytes(table))
+    content = {"sae": to_dict(sae), "train": to_dict(config)}
+    write_atomically(root / "training.json", trained.told(content, data.key))
     return trained
 
 

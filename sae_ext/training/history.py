@@ -27,10 +27,9 @@ COLUMNS = (
 )
 """history.parquet, one row per `log_every` steps, means over the steps since the row before: `loss` before
 row weights, `mse` in scaled units, `fvu` against the training split's variance (null where x̂ approximates
-something else than x), `dead_fraction` as of that
-step over the last `dead_rows` rows, `lr` and `l1` (λ, or the weight of `l0`) as of that step, validation
-columns null except at checkpoints; then a column for every further term of the objective, its mean value,
-null where it was not computed."""
+something else than x), `dead_fraction` as of that step over the last `dead_rows` rows, `lr` and `l1` (λ, or the
+weight of `l0`, null where there is neither) as of that step, validation columns null except at checkpoints; then
+a column for every further term of the objective, its mean value, null where it was not computed."""
 
 EVENT_COLUMNS = pa.schema(
     [
@@ -62,7 +61,7 @@ Line = dict[str, float]
 
 def history_table(lines: Sequence[Line], terms: Sequence[str]) -> pa.Table:
     """history.parquet."""
-    nullable = {"fvu", "validation_fvu", "validation_l0", *terms}
+    nullable = {"fvu", "l1", "validation_fvu", "validation_l0", *terms}
     columns = {}
     for name in (*COLUMNS, *terms):
         values = [line.get(name, math.nan) for line in lines]

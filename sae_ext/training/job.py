@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,14 +42,26 @@ class Trained:
     """`sae_ext.training.history.EVENT_COLUMNS`."""
     scale: float
     """The factor by which activations were scaled in training; folded into the SAE."""
-    penalty: float
-    """Weight of the term for sparsity at the end: λ as given or as found."""
+    penalty: float | None
+    """Weight of the term for sparsity at the end: λ as given or as found; None where there is none."""
     steps: int
     """Steps done."""
     validation: dict[str, Any]
     """Metrics on the whole validation split, see `sae_ext.metrics`."""
     density: Tensor
     """Fraction of the validation rows in which each feature fires, float64 [d_sae]."""
+
+    def told(self, config: Mapping[str, Any], activations: str) -> bytes:
+        """training.json: the configuration, the key of the data, and what was found."""
+        facts = {
+            "config": config,
+            "activations": activations,
+            "scale": self.scale,
+            "penalty": self.penalty,
+            "steps": self.steps,
+            "validation": self.validation,
+        }
+        return json.dumps(facts, indent=1, sort_keys=True).encode()
 
 
 @dataclass

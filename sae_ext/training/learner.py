@@ -231,13 +231,13 @@ class Learner:
         factor = self.terms[name].schedule.factor(step, self.config.steps)
         return self.full_weight(name) * factor
 
-    def penalty(self, step: int) -> float:
-        """Weight of the term for sparsity at a step: the one that is searched for, or λ, or that of `l0`; 0
+    def penalty(self, step: int) -> float | None:
+        """Weight of the term for sparsity at a step: the one that is searched for, or λ, or that of `l0`; None
         where there is none."""
         for name in (self.l0_target.term if self.l0_target else "l1", "l1", "l0"):
             if name in self.terms:
                 return self.weight(name, step)
-        return 0.0
+        return None
 
     def sae(self, scale: float) -> SAE:
         """The autoencoder as it is now, for raw rows, where the learner is."""

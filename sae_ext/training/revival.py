@@ -98,7 +98,7 @@ class Revival:
         }
         share = self.config.encoder_scale
         if share is None:
-            share = 1.0 if learner.architecture.sparse_alone else 0.2
+            share = 1.0 if learner.architecture.ranks else 0.2
         weights["W_enc_rows"][which] = share * lengths["W_enc_rows"] * direction
         unit = learner.sae_config.decoder == "unit"
         weights["W_dec"][which] = direction if unit else lengths["W_dec"] * direction

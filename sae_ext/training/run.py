@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae_ext.activations.dataset import Dataset
+from sae_ext.architectures.base import four
 from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import Diverged, Stopped, UserError
 from sae_ext.metrics import ReconstructionSums, evaluate
@@ -37,17 +38,14 @@ from sae_ext.training.job import Job, Place, Progress, Trained
 from sae_ext.training.learner import Learner, Window
 from sae_ext.training.prepared import Prepared, State, identity_of, source_of
 from sae_ext.training.revival import Revival
+from sae_ext.training.term import moved
 
 T = TypeVar("T")
 
 VALIDATION_ROWS = 8192
 """Rows of the validation split looked at beside each checkpoint."""
 EVALUATION_BATCH = 4096
-_OWN_COLUMNS = {
-    "l1": "l1",
-    "l0": "l0",
-    "mse": "mse",
-}  # terms that have a column of the history already
+_OWN_COLUMNS = frozenset({"mse", "l1", "l0"})  # terms that have a column of the history already
 
 
 def train(
@@ -110,6 +108,8 @@ def train_many(
         going = [run for run in runs if not run.ended]
         first = min(going or runs, key=lambda run: run.learner.step_number)
         source.restore(first.source_state or source.state())
+        for run in runs:  # a buffer's rows are in it
+            run.source_state = None
         for step in range(first.learner.step_number, max(job.config.steps for job in jobs)):
             due = [run for run in runs if not run.ended and run.learner.step_number == step]
             if all(run.ended for run in runs):
@@ -117,10 +117,12 @@ def train_many(
             if _stopping(stop, step, place):
                 # One that is ahead has a checkpoint, with its own place in the rows.
                 for run in due:
-                    run.save(source.state())
+                    run.save_or_fail(source.state())
+                if len(runs) == 1 and runs[0].failure is not None:
+                    raise runs[0].failure
                 raise Stopped(f"stopped after step {step}; a checkpoint is saved")
             batch = source.next()
-            x = _moved(batch.x, place.device)
+            x = moved(batch.x, place.device)
             for run in due:
                 told = run.step_or_fail(x, batch.rows, source.state)
                 if told is not None:
@@ -198,6 +200,7 @@ class _Run:
             for t in self.learner.weights.values():
                 dist.broadcast(t, group_src=0, group=place.group)
         self._started, self._first = time.perf_counter(), self.learner.step_number
+        self._identity = identity_of(self._data, job)
 
     def step_or_fail(
         self, x: Tensor, rows: npt.NDArray[np.int64], source_state: Callable[[], dict[str, Tensor]]
@@ -209,12 +212,19 @@ class _Run:
             self.failure, self.ended = error, True
             return None
 
+    def save_or_fail(self, source_state: dict[str, Tensor]) -> None:
+        """As `save`; one that has diverged has ended."""
+        try:
+            self.save(source_state)
+        except Diverged as error:
+            self.failure, self.ended = error, True
+
     def step(
         self, x: Tensor, rows: npt.NDArray[np.int64], source_state: Callable[[], dict[str, Tensor]]
     ) -> Progress | None:
         """One step on raw rows; progress where a line of the history was written."""
         columns = self._prepared.values(rows, self._columns)
-        columns = {name: t.to(self._place.device) for name, t in columns.items()}
+        columns = {name: moved(t, self._place.device) for name, t in columns.items()}
         learner, config = self.learner, self.config
         learner.step(x * self.scale, columns)
         done = learner.step_number
@@ -265,8 +275,7 @@ class _Run:
                 "since": self._best.since,
             }
         if self._place.share[0] == 0:
-            identity = identity_of(self._data, self.job)
-            self.job.save_checkpoint(checkpoint.to_bytes(tensors, facts, identity))
+            self.job.save_checkpoint(checkpoint.to_bytes(tensors, facts, self._identity))
 
     def result(self, tick: Callable[[], None]) -> Trained:
         """What the run has come to, judged on the whole validation split."""
@@ -294,7 +303,7 @@ class _Run:
         if self._place.share[0] != 0:
             return ReconstructionSums.of(sae)
         device = self._place.device
-        return evaluate(sae, (_moved(x, device) for x in _ticking(self._data, rows, tick)))
+        return evaluate(sae, (moved(x, device) for x in _ticking(self._data, rows, tick)))
 
     def _restore(self, state: State) -> None:
         tensors, facts = state
@@ -317,7 +326,8 @@ class _Run:
         objective, learner = self.config.objective, self.learner
         mse, l1 = window.squared_error / window.rows, window.l1 / window.rows
         last = learner.step_number - 1
-        loss = learner.weight("mse", last) * objective.mse.scale(self._data.d_in) * mse
+        width = learner.architecture.d_out(four(learner.weights), learner.weights)
+        loss = learner.weight("mse", last) * objective.mse.scale(width) * mse
         if objective.l1 is not None:
             loss += learner.weight("l1", last) * objective.l1.scale(self.job.sae.d_sae) * l1
         for name, total in window.terms.items():
@@ -325,6 +335,7 @@ class _Run:
         terms = {name: total / window.computed[name] for name, total in window.terms.items()}
         variance = self._prepared.statistics.variance * self.scale**2
         dead = (learner.silent_rows >= self.config.dead_rows).double().mean()
+        penalty = learner.penalty(last)
         return {
             "step": float(learner.step_number),
             "loss": loss,
@@ -334,7 +345,7 @@ class _Run:
             "dead_fraction": float(dead),
             "clip_rate": window.saturated / max(window.nnz, 1),
             "lr": window.lr,
-            "l1": learner.penalty(last),
+            "l1": math.nan if penalty is None else penalty,
             **{name: value for name, value in terms.items() if name not in _OWN_COLUMNS},
         }
 
@@ -382,6 +393,8 @@ class _Run:
             # In raw units a decoder row is shorter by the scale.
             l1 = seen["l1_weighted"] * self.scale
             value += objective.l1.weight * objective.l1.scale(self.job.sae.d_sae) * l1
+        if objective.l0 is not None:
+            value += objective.l0.weight * seen["l0"]
         return value
 
     def _judge(self, value: float) -> None:
@@ -458,13 +471,6 @@ def _stopping(stop: Callable[[], bool], step: int, place: Place) -> bool:
     asked = torch.tensor(float(stop()), device=place.device)
     dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=place.group)
     return bool(asked)
-
-
-def _moved(x: Tensor, device: str) -> Tensor:
-    """Rows on a device; a GPU takes them while Python goes on."""
-    if not device.startswith("cuda"):
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _ticking(

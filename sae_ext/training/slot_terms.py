@@ -51,6 +51,7 @@ class Alignment(Term):
 
     __pydantic_config__ = STRICT
     needs: ClassVar[str | None] = "slot_scaled"
+    by_row: ClassVar[bool] = False  # a mean over those rows of a batch that are known
 
     weight: float = 1.0
     """Factor of the term."""
@@ -111,6 +112,7 @@ class Value(Term):
 
     __pydantic_config__ = STRICT
     needs: ClassVar[str | None] = "slot_answer"
+    by_row: ClassVar[bool] = False  # a mean over those rows of a batch that are known
 
     weight: float = 0.5
     """Factor of the term."""

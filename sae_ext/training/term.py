@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,6 +58,13 @@ class Term:
     def _check(self) -> None:
         require_finite(self)
         require_at_least(self, 0, "weight")
+
+
+def moved(t: Tensor, device: str | torch.device) -> Tensor:
+    """The same on a device; a GPU takes it while Python goes on."""
+    if t.is_cuda or torch.device(device).type != "cuda":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def cross_entropy(logits: Tensor, places: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The named terms of an objective: loss = Σ weight · schedule(step) · value.
 
-Every value is a mean over the rows of a batch. `mse` and `l1` alone are what the fused kernels lower by
-themselves; any other term makes the step go through autograd. Each term has a real gradient, which a test
-compares with finite differences.
+Values are means over the rows of a batch where a term is `by_row`; the others look at the batch as a whole.
+`mse` and `l1` alone are what the fused kernels lower by themselves; any other term makes the step go through
+autograd. Each term has a real gradient, which a test compares with finite differences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sae_ext.fields import STRICT, require, require_above
 from sae_ext.schedules import Schedule
 from sae_ext.training.reward import Reward
 from sae_ext.training.slot_terms import Alignment, Entropy, Independence, Value
-from sae_ext.training.term import Seen, Term
+from sae_ext.training.term import Seen, Term, moved
 
 
 class _RowWeighted(Term):
@@ -62,7 +62,7 @@ class _RowWeighted(Term):
             weights = now.columns[self.row_weight]
         if self.class_weights is not None:
             names, places = now.classes[self.label], now.columns[self.label]
-            table = torch.tensor([self.class_weights[n] for n in names], device=places.device)
+            table = moved(torch.tensor([self.class_weights[n] for n in names]), places.device)
             weights = table[places] if weights is None else weights * table[places]
         return weights
 

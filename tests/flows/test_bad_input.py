@@ -67,7 +67,7 @@ def test_tensorboard_that_is_not_installed_is_told_before_anything_starts(
 @pytest.mark.parametrize(
     ("resources", "needles"),
     [
-        ({"train_gpus": 64}, ["64 GPUs", "resources.train_gpus"]),
+        ({"train_gpus": 1}, ["1 GPU", "resources.train_gpus"]),
         ({"train_workers": 999, "train_cpus": 1}, ["999 workers", "resources.train_workers"]),
     ],
 )

@@ -17,7 +17,7 @@ from sae_ext.config import TrainConfig, TuneConfig
 from sae_ext.errors import UserError
 from sae_ext.schedules import Schedule
 from sae_ext.training.config import RevivalConfig
-from sae_ext.training.terms import L1, AuxK
+from sae_ext.training.terms import AuxK
 
 SECTIONS = {name: kind for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)}
 
@@ -70,18 +70,20 @@ OTHER: dict[str, Any] = {
     "resources.ray_address": "head:6379",
     "train.steps": 999,
     "train.revival.at": [3, 9],
+    "train.revival.every": 200,
     "tune.trials": 9,
 }
 NO_PENALTY: dict[str, Any] = {"objective": {"l1": None}}
+REWARDED: dict[str, Any] = {"objective": {"l1": None, "reward": {}}}
 # What an architecture needs beside its kind.
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"train": NO_PENALTY},
     "batchtopk": {"train": NO_PENALTY},
-    "gated": {"train": NO_PENALTY},
+    "gated": {"train": REWARDED},
     "projection": {"sae": {"architecture": {"pretrained": "folder"}}},
 }
 # The architecture that has what a term is made of.
-TERMS: dict[str, str] = {"l0": "jumprelu", "reward": "gated"} | dict.fromkeys(
+TERMS: dict[str, str] = {"l0": "jumprelu", "reward": "gated", "auxk": "topk"} | dict.fromkeys(
     ("entropy", "alignment", "independence", "value"), "slots"
 )
 # What a recipe must say so that the field may be there at all.
@@ -95,7 +97,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "train.objective.value.weight": {"sae": {"architecture": {"answer": "answer"}}},
     "train.precision": {"resources": {"train_gpus": 1}},
     **{
-        f"train.revival.{field.name}": {"train": {"revival": {"every": 10}}}
+        f"train.revival.{field.name}": {"train": {"revival": {"every": 150}}}
         for field in fields(RevivalConfig)
     },
 }
@@ -478,7 +480,7 @@ def test_a_missing_name_is_told():
         ),
         (
             {"resources": {"train_gpus": 1.5}},
-            "resources.train_gpus must be a whole number, or below 1",
+            "resources.train_gpus must be at most 1, got 1.5: for an SAE on several GPUs set train_workers",
         ),
         ({"tune": {"seed": 1, "l0_band": [2.0, 1.0]}}, "tune.l0_band must be [low, high]"),
         ({"tune": {"trials": 3}}, "tune.initial_trials must be"),
@@ -640,11 +642,12 @@ def test_none_leaves_a_field_alone_or_is_a_value_like_any_other():
 def test_a_change_may_be_about_a_section_that_was_left_out():
     few = {"train.dead_rows": 9999}
     made = changed(
-        parse({"name": "n"}), {"train.revival.every": 30, "train.objective.auxk.k": 9, **few}
+        parse({"name": "n", **of_kind("topk")}),
+        {"train.revival.every": 300, "train.objective.auxk.k": 9, **few},
     )
-    assert made.train.revival == RevivalConfig(every=30)
+    assert made.train.revival == RevivalConfig(every=300)
     assert made.train.objective.auxk == AuxK(k=9)
-    assert made.train.objective.l1 == L1()
+    assert made.train.objective.l1 is None
 
 
 def test_another_kind_of_architecture_has_its_own_fields_and_another_kind_of_schedule_the_same():

@@ -111,7 +111,7 @@ def test_a_finished_campaign_is_not_finished_under_another_recipe(store, recipe)
         commit(store, stage)
     for other in (
         {"train": {"seed": 1}},
-        {"train": {"objective": {"auxk": {}}}},
+        {"train": {"objective": {"usage": {}}}},
         {"sae": {"architecture": {"kind": "jumprelu"}}},
         {"interpret": {"features": 7}},
         {"name": "m"},

@@ -79,7 +79,7 @@ def test_nothing_else_of_the_recipe_changes():
         ("train.keep_checkpoints=true,no", lambda r: r.train.keep_checkpoints, [True, False]),
         ("train.scale=none,dataset", lambda r: r.train.scale, ["none", "dataset"]),
         ("train.objective.l1.weight=1,2.5", lambda r: r.train.objective.l1.weight, [1.0, 2.5]),
-        ("train.revival.every=10,20", lambda r: r.train.revival.every, [10, 20]),
+        ("train.revival.every=20,30", lambda r: r.train.revival.every, [20, 30]),
         ("train.revival={at: [5, 9]},null", lambda r: r.train.revival and r.train.revival.at,
          [(5, 9), None]),
         ("sae.architecture.clip=null,2", lambda r: r.sae.architecture.clip, [None, 2.0]),
@@ -88,7 +88,8 @@ def test_nothing_else_of_the_recipe_changes():
     ],
 )  # fmt: skip
 def test_values_are_read_as_a_recipe_has_them(vary, read, values):
-    train = {**RECIPE["train"], "max_grad_norm": 0.5, "dead_rows": 1000}
+    revival = {"every": 20, "rewarm_steps": 20} if "revival.every" in vary else None
+    train = {**RECIPE["train"], "max_grad_norm": 0.5, "dead_rows": 1000, "revival": revival}
     assert [read(v.recipe) for v in variants(parsed(train=train), [vary])] == values
 
 
@@ -145,11 +146,11 @@ class Swept(NamedTuple):
     output: str
 
 
-def finished(*arguments: object) -> str:
-    """The output of a command that goes well and leaves nothing running."""
+def finished(*arguments: object, code: int = 0) -> str:
+    """The output of a command that ends with that exit code and leaves nothing running."""
     command = Command(*map(str, arguments))
     try:
-        assert command.wait() == 0, command.output
+        assert command.wait() == code, command.output
         assert command.left_running() == []
     finally:
         command.reap()
@@ -297,3 +298,24 @@ def test_two_workers_share_out_the_saes_of_a_sweep(swept, tmp_path, corpus_file)
     assert output.count("training on") == 2
     assert table(output) == table(swept.output)
     assert digests(pair.store) == digests(swept.store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_that_diverges_is_named_and_the_others_are_trained_and_shown(
+    swept, tmp_path, corpus_file, workers
+):
+    pair = copied(swept, tmp_path / "store", activations.KIND)
+    resources = {**RECIPE["resources"], "train_workers": workers}
+    path = written(tmp_path, corpus_file, resources=resources)
+    vary = "--vary", "train.lr=1e30,0.001", "--vary", "train.seed=0,1"
+    output = finished("sweep", path, *vary, "--store", pair.store, code=2)
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert re.match(
+        r"error: 2 of 4 SAEs diverged: train\.lr 1e30, train\.seed 0: .*lower train\.lr", said[0]
+    )
+    made = {stage_of(pair, lr=0.001, seed=seed).key for seed in (0, 1)}
+    assert set(Store(str(pair.store)).list(saes.KIND)) == made
+    assert all(key in output for key in made)
+    assert "Traceback" not in output

@@ -505,6 +505,7 @@ def test_a_campaign_holds_the_report_the_table_and_the_export(pipeline):
     for name in campaigns.EXPORT:
         exported = store.read("campaigns", key, f"export/{name}")
         assert exported == store.read("saes", pipeline.key("saes"), name)
+    assert store.manifest("campaigns", key).extra["differs_in_saelens"] is None
     loaded = SAE.load(Path(store.path("campaigns", key, "export")))
     assert loaded.d_sae == 64
 

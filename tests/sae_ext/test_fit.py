@@ -22,7 +22,7 @@ from made_up_training import RELU, SHORT, events, planted, same, variant, weight
 from made_up_training import fit as train_here
 
 from sae_ext.activations.dataset import Dataset
-from sae_ext.config import with_changes
+from sae_ext.config import SAEConfig, TrainConfig, from_dict, with_changes
 from sae_ext.errors import Stopped, UserError
 from sae_ext.model import SAE
 from sae_ext.training.fit import fit
@@ -55,7 +55,14 @@ def test_the_folder_holds_the_sae_its_history_and_its_events(tmp_path, architect
     trained = fit(planted(), sae, config, tmp_path / "made" / "here")
     assert same(trained, train_here(sae, config))
     folder = tmp_path / "made" / "here"
-    assert contents(folder).keys() == {*SAE.FILES, "history.parquet", "events.parquet", CHECKPOINT}
+    tables = {"history.parquet", "events.parquet"}
+    assert contents(folder).keys() == {*SAE.FILES, *tables, "training.json", CHECKPOINT}
+    told = json.loads((folder / "training.json").read_bytes())
+    assert (told["scale"], told["penalty"]) == (trained.scale, trained.penalty)
+    assert (told["steps"], told["validation"]) == (trained.steps, trained.validation)
+    assert from_dict(TrainConfig, told["config"]["train"]) == config
+    assert from_dict(SAEConfig, told["config"]["sae"]) == sae
+    assert (told["penalty"] is None) is (architecture == "topk")
     loaded = SAE.load(folder)
     assert loaded.architecture == trained.sae.architecture
     kept = loaded.parameters.tensors() | loaded.more

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,39 @@ def test_a_clip_that_saelens_does_not_know_comes_back_too(tmp_path):
     sae = made_up_sae(ReLU(clip=2.5))
     saelens.write(sae, tmp_path / "out", METADATA, clip_rate=0.0)
     assert_same(saelens.read(tmp_path / "out"), sae)
+
+
+def test_a_clip_is_refused_once_features_have_other_units(tmp_path):
+    sae = made_up_sae(ReLU(clip=2.5))
+    saelens.write(sae, tmp_path / "out", METADATA, clip_rate=0.0)
+    p, norm = sae.parameters, sae.parameters.W_dec.norm(dim=1)
+    assert abs(float(norm.mean()) - 1) > 0.01
+    # As SAELens folds the decoder rows' lengths into the features.
+    folded = {"W_enc": (p.W_enc_rows * norm[:, None]).T.contiguous(), "b_enc": p.b_enc * norm,
+              "W_dec": p.W_dec / norm[:, None]}  # fmt: skip
+    edit(tmp_path / "out", folded)
+    with pytest.raises(
+        UserError, match=r"metadata\.activation_clip in cfg\.json was for decoder rows"
+    ):
+        saelens.read(tmp_path / "out")
+    metadata = json.loads((tmp_path / "out" / CFG_FILE).read_bytes())["metadata"]
+    edit(tmp_path / "out", folded, metadata={**metadata, "activation_clip": None})
+    assert saelens.read(tmp_path / "out").clip is None
+
+
+@pytest.mark.parametrize(
+    ("sae", "rate", "named"),
+    [
+        (made_up_sae(ReLU()), None, None),
+        (made_up_sae(ReLU(clip=2.5)), 0.0, None),
+        (made_up_sae(ReLU(clip=2.5)), 0.1, "0.1 of the firings reach it"),
+        (made_up_sae(ReLU(clip=2.5)), None, "clip_rate is unknown"),
+        (replace(made_up_sae(), output="tanh"), None, "no output activation"),
+    ],
+)
+def test_it_is_said_whether_saelens_gives_the_same_numbers(sae, rate, named):
+    told = saelens.difference(sae, rate)
+    assert (told is None) if named is None else (named in told)
 
 
 def edit(folder: Path, tensors: dict[str, Tensor] | None = None, **entries: Any) -> None:
@@ -578,6 +612,13 @@ def test_counters_of_training_are_left_out(tmp_path, read, state):
         "n_fired": torch.zeros(0),
     }
     assert_same(read(saved(tmp_path, {**state(), **counters})), plain)
+
+
+@pytest.mark.parametrize("prefix", ["ema.", "step_100.", "remap.layer."])
+def test_a_name_above_the_weights_makes_no_counter_of_a_bias(tmp_path, prefix):
+    plain = b_read(saved(tmp_path, growth_signals_state()))
+    named = {prefix + name: t for name, t in growth_signals_state().items()}
+    assert_same(b_read(saved(tmp_path, named)), plain)
 
 
 @pytest.mark.parametrize(("read", "state"), FILES)

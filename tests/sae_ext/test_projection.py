@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from sae_ext import ops
 from sae_ext.activations.dataset import InMemory
+from sae_ext.analysis import analyse_shard, feature_table
 from sae_ext.architectures import Now, Projected, Projection, ReLU, Slots, Thresholds, TopK
 from sae_ext.architectures.base import Architecture, Weights, four
-from sae_ext.config import SAEConfig
+from sae_ext.config import AnalyseConfig, SAEConfig
 from sae_ext.errors import UserError
 from sae_ext.fields import from_dict, to_dict
+from sae_ext.metrics import evaluate
 from sae_ext.model import SAE, Output
 from sae_ext.schedules import Schedule
+from sae_ext.training.checks import check_together
 from sae_ext.training.config import TrainConfig
 from sae_ext.training.job import Trained
 from sae_ext.training.learner import Learner
@@ -172,7 +176,7 @@ def by_autograd(
     architecture: Projection, e: Tensor, w: Weights, threshold: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x̂ and its target from dense products that autograd knows."""
-    inner = architecture._pretrained().inner
+    inner = architecture._pretrained.inner
     x = e @ w[_P].T + w[_C]
     pre = (x - w["b_dec"]) @ w["W_enc_rows"].T + w["b_enc"]
     z = pre.relu()
@@ -372,6 +376,27 @@ def test_training_reads_and_rebuilds_what_the_autoencoder_does_after_it(pretrain
     torch.testing.assert_close(sae.target(e), out.target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_analysis_judges_it_by_its_target(tmp_path, put_activations, target):
+    architecture = Projection(pretrained=written(tmp_path / "pretrained", made_up()), target=target)
+    weights = begun(architecture)
+    final, more = architecture.final(weights, {})
+    sae = SAE(four(weights), final, more)
+    x = batch(120, D_IN).float().numpy()
+    rows = put_activations(tmp_path / "store", x, [4] * 30)
+    parts = [
+        analyse_shard(rows, sae, AnalyseConfig(pool=40), i) for i in range(len(rows.shard_rows))
+    ]
+    found = functools.reduce(lambda one, two: (one.merge(two), one)[1], parts)
+    assert len(rows.rows("test")) > 1
+    wanted = evaluate(sae, [rows.gather(rows.rows("test"))]).metrics()
+    told = found.held_out.metrics()
+    assert told["fvu"] == pytest.approx(wanted["fvu"], rel=1e-9)
+    assert told["mse"] == pytest.approx(wanted["mse"], rel=1e-9)
+    table = feature_table(rows, sae, found)
+    assert table.num_rows == D_SAE
+
+
 @pytest.mark.parametrize("kind", ["relu", "thresholds"])
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path, kind):
     folder, kept = written(tmp_path, made_up(KINDS[kind], width=10, d_sae=16)), []
@@ -389,6 +414,26 @@ def test_a_folder_that_is_written_anew_is_read_anew(tmp_path):
     for bound in (0.3, 0.6):
         folder = written(tmp_path, made_up(ReLU(clip=bound)))
         assert Projection(pretrained=folder).clip == pytest.approx(bound)
+
+
+def test_a_training_stays_with_what_it_began_from(tmp_path):
+    folder = written(tmp_path, made_up(ReLU(clip=0.3), width=10, d_sae=16))
+    architecture = Projection(pretrained=folder)
+    sae = SAEConfig(d_sae=16, architecture=architecture)
+    learner = Learner(sae, TrainConfig(), {}, device=torch.device("cpu"), group=None)
+    learner.begin(20, torch.zeros(20))
+    written(tmp_path, made_up(ReLU(clip=0.6), width=10, d_sae=16))
+    assert architecture.clip == pytest.approx(0.3)
+    assert learner.sae(1.0).clip == pytest.approx(0.3)
+
+
+def test_the_loss_of_the_history_is_per_input_of_what_is_rebuilt(tmp_path):
+    pretrained = written(tmp_path, made_up(width=6, d_sae=16))
+    objective = ObjectiveConfig(mse=MSE(reduction="mean"), l1=None)
+    for target, width in (("stopgrad", 6), ("embedding", 10)):
+        history = trained(pretrained, target, objective=objective, log_every=5).history.to_pydict()
+        for loss, mse in zip(history["loss"], history["mse"], strict=True):
+            assert loss == pytest.approx(mse / width, rel=1e-9)
 
 
 # ---- Configuration ---------------------------------------------------------------------------------
@@ -460,17 +505,36 @@ def test_a_scale_that_is_none_is_refused_by_its_file(tmp_path, content):
         begun(Projection(pretrained=folder))
 
 
-def test_an_output_activation_and_a_read_out_beside_auxk_are_refused(pretrained):
+def test_an_output_activation_and_a_read_out_beside_auxk_are_refused(tmp_path, pretrained):
     with pytest.raises(UserError, match=r"sae.output is 'tanh', but a Projection has a target"):
         trained(pretrained, sae={"output": "tanh"}, scale="none")
     few = {"objective": ObjectiveConfig(auxk=AuxK(), l1=None), "dead_rows": 100}
-    with pytest.raises(UserError, match=r"objective.auxk is about .*target to stopgrad"):
-        trained(pretrained, "embedding", **few)
-    trained(pretrained, "stopgrad", **few)
+    with pytest.raises(UserError, match=r"objective.auxk reaches features .* set train.revival"):
+        check_together(
+            SAEConfig(d_sae=16, architecture=Projection(pretrained=pretrained)), TrainConfig(**few)
+        )
+    ranking = written(tmp_path, made_up(TopK(k=3)))
+    for target in TARGETS:
+        sae = SAEConfig(d_sae=D_SAE, architecture=Projection(pretrained=ranking, target=target))
+        if target != "embedding":
+            check_together(sae, TrainConfig(**few))
+            continue
+        with pytest.raises(UserError, match=r"objective.auxk is about .*target to stopgrad"):
+            check_together(sae, TrainConfig(**few))
+
+
+def test_in_front_of_a_topk_it_needs_no_penalty_and_revives_as_a_topk(tmp_path, pretrained):
+    ranking = Projection(pretrained=written(tmp_path, made_up(TopK(k=3))))
+    assert (ranking.sparse_alone, ranking.ranks) == (True, True)
+    with pytest.raises(UserError, match=r"train.objective.l1 .*set l1 to null"):
+        check_together(SAEConfig(d_sae=D_SAE, architecture=ranking), TrainConfig())
+    plain = Projection(pretrained=pretrained)
+    assert (plain.sparse_alone, plain.ranks) == (False, False)
+    check_together(SAEConfig(d_sae=16, architecture=plain), TrainConfig())
 
 
 def test_dead_features_learn_by_auxk_from_the_projected_rows(tmp_path):
-    architecture = Projection(pretrained=written(tmp_path, made_up()))
+    architecture = Projection(pretrained=written(tmp_path, made_up(TopK(k=3))))
     weights, e = doubled(begun(architecture)), batch(ROWS, D_IN)
     for t in weights.values():
         t.requires_grad_()
@@ -483,7 +547,7 @@ def test_dead_features_learn_by_auxk_from_the_projected_rows(tmp_path):
 
 
 def test_a_training_step_gives_auxk_what_the_encoder_read(tmp_path):
-    architecture = Projection(pretrained=written(tmp_path, made_up()))
+    architecture = Projection(pretrained=written(tmp_path, made_up(TopK(k=3))))
     objective = ObjectiveConfig(l1=None, auxk=AuxK())
     config = TrainConfig(steps=300, dead_rows=100, objective=objective)
     sae = SAEConfig(d_sae=D_SAE, architecture=architecture)

@@ -35,7 +35,7 @@ from torch import Tensor
 from sae_ext.activations.batches import EpochRows
 from sae_ext.activations.dataset import InMemory
 from sae_ext.activations.statistics import data_statistics, geometric_median
-from sae_ext.architectures import BatchTopK, JumpReLU, ReLU, TopK
+from sae_ext.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae_ext.architectures.base import initial_weights
 from sae_ext.config import SAEConfig, TrainConfig, with_changes
 from sae_ext.errors import Diverged, UserError
@@ -48,6 +48,7 @@ from sae_ext.training.config import BufferConfig, EarlyStoppingConfig, RevivalCo
 from sae_ext.training.history import COLUMNS
 from sae_ext.training.job import Trained
 from sae_ext.training.learner import Learner
+from sae_ext.training.reward import Reward
 from sae_ext.training.run import VALIDATION_ROWS, train
 from sae_ext.training.terms import L0, L1, MSE, AuxK, ObjectiveConfig, Usage
 
@@ -167,7 +168,7 @@ BASES = {
     "plain": (RELU, SHORT),
     **{f"{a}-{v}": variant(a, v) for a, v in (
         ("relu", "revival"), ("topk", "revival"), ("relu", "usage"), ("topk", "auxk"),
-        ("relu", "auxk"), ("relu", "buffer"), ("topk", "plain"), ("batchtopk", "plain"), ("jumprelu", "plain"),
+        ("relu", "buffer"), ("topk", "plain"), ("batchtopk", "plain"), ("jumprelu", "plain"),
     )},
     "revival-at": (
         RELU,
@@ -257,7 +258,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "Usage.temperature": ("relu-usage", "objective.usage.temperature", 0.5),
     "AuxK.weight": ("topk-auxk", "objective.auxk.weight", 0.5),
     "AuxK.schedule": ("topk-auxk", "objective.auxk.schedule", Schedule(warmup_steps=30)),
-    "AuxK.k": ("relu-auxk", "objective.auxk.k", 1),
+    "AuxK.k": ("topk-auxk", "objective.auxk.k", 1),
 }
 """For every field the run to compare with, the path of the field there, and another value."""
 LEAVE_WEIGHTS = ("checkpoint_every", "keep_checkpoints", "log_every", "early_stopping.patience")
@@ -540,6 +541,20 @@ def test_early_stopping_returns_the_best_and_says_so(metric, patience):
     assert trained.validation["fvu"] == kept[best][1]["fvu"]
 
 
+def test_early_stopping_counts_active_features_where_the_objective_does():
+    sae, config = variant("jumprelu", "plain")
+    stopping = EarlyStoppingConfig(patience=9, metric="loss")
+    kept: list[dict[str, Any]] = []
+    trained = fit(
+        sae, changed(config, {"early_stopping": stopping, "keep_checkpoints": True}),
+        keep=lambda step, sae, seen: kept.append(seen),
+    )  # fmt: skip
+    told = [float(e["detail"].rpartition(" ")[2]) for e in events(trained, "best")]
+    values = [seen["mse"] * trained.scale**2 + 0.3 * seen["l0"] for seen in kept]
+    assert told[0] == pytest.approx(next(v for v in values if v >= told[0] * 0.999), rel=1e-5)
+    assert told[-1] == pytest.approx(min(values), rel=1e-5)
+
+
 def test_early_stopping_waits_for_warm_ups():
     config = changed(
         SHORT,
@@ -818,14 +833,40 @@ TARGET = L1(target_l0=4.0, schedule=WARM)
             {"objective.l1": TARGET, "early_stopping": EarlyStoppingConfig()},
             r"early_stopping cannot judge while train\.objective\.l1\.target_l0 is searched for",
         ),
+        *(
+            (
+                SAEConfig(d_sae=D_SAE, architecture=architecture),
+                {"objective": ObjectiveConfig(l1=None, auxk=AuxK())},
+                r"objective\.auxk reaches features .* set train\.revival, or choose topk",
+            )
+            for architecture in (ReLU(), JumpReLU())
+        ),
+        (
+            SAEConfig(d_sae=D_SAE, architecture=Gated()),
+            {"objective": ObjectiveConfig(l1=None)},
+            r"the gates of a Gated learn from train\.objective\.reward alone: give it",
+        ),
+        (
+            SAEConfig(d_sae=D_SAE, architecture=Gated()),
+            {
+                "objective": ObjectiveConfig(l1=None, reward=Reward()),
+                "early_stopping": EarlyStoppingConfig(),
+            },
+            r"early_stopping\.metric must be fvu: rewards are not computed on validation rows",
+        ),
         (
             RELU,
-            {"objective.auxk": AuxK(), "dead_rows": 40 * 32},
+            {"revival": RevivalConfig(every=5, rewarm_steps=6), "dead_rows": 64},
+            r"revival\.rewarm_steps is longer than every, .*: lower it",
+        ),
+        (
+            SAEConfig(d_sae=D_SAE, architecture=TopK(k=3)),
+            {"objective": ObjectiveConfig(l1=None, auxk=AuxK()), "dead_rows": 40 * 32},
             r"dead_rows is 1280, but the run sees 1280 rows.*leave objective\.auxk out",
         ),
         (
             RELU,
-            {"revival": RevivalConfig(every=5), "dead_rows": 40 * 32},
+            {"revival": RevivalConfig(every=5, rewarm_steps=5), "dead_rows": 40 * 32},
             r"dead_rows is 1280, .*leave revival out",
         ),
         (RELU, {"revival": RevivalConfig(every=29)}, r"revival\.every is longer .*\(until\)"),

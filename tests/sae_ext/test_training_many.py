@@ -174,6 +174,18 @@ def test_one_that_diverges_is_told_in_its_place_and_the_others_end_as_alone(alon
     assert re.search(r"not finite at step \d+: lower train\.lr \(now 1e\+25\)", str(found[1]))
 
 
+def test_stopped_before_it_is_seen_that_one_diverges_the_others_are_saved(alone):
+    wild = RELU, with_changes(SHORT, {"lr": 1e25})
+    saved: list[bytes] = []
+    hooks = [{}, {"save_checkpoint": saved.append}]
+    looks = iter(range(100))
+    with pytest.raises(Stopped, match=r"stopped after step \d;"):
+        # Results are looked at after ten steps.
+        run_to_end(together([wild, COMPANY["plain"]], hooks, stop=lambda: next(looks) == 3))
+    assert len(saved) == 1
+    assert same(fit(*COMPANY["plain"], load_checkpoint=lambda: saved[0]), alone["plain"])
+
+
 def test_where_all_diverge_no_more_is_read():
     data = Counted()
     wild = RELU, with_changes(SHORT, {"lr": 1e25})

@@ -40,6 +40,7 @@ ALL = [
     for name in VARIANTS
     if name != "target_l0"
     or architecture in ("relu", "jumprelu")  # others are sparse by themselves
+    if name != "auxk" or architecture in ("topk", "batchtopk")
 ]
 
 
