@@ -15,7 +15,7 @@ demo: setup
 
 # Threads that spin while they wait slow each other down where tests run several processes.
 test: .venv/.dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 setup: .venv/.ready
 
