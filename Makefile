@@ -13,9 +13,9 @@ NATIVE := CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 demo: setup
 	$(BIN)/sparsemill run $(RECIPE)
 
-# Threads that spin while they wait slow each other down where tests run several processes.
+# Several processes share the files of tests. Threads that spin while they wait would slow the others down.
 test: .venv/.dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 setup: .venv/.ready
 
