@@ -15,7 +15,7 @@ demo: setup
 
 # Several processes share the files of tests. Threads that spin while they wait would slow the others down.
 test: .venv/.dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 setup: .venv/.ready
 
