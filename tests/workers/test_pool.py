@@ -250,7 +250,7 @@ def test_workers_that_can_save_have_done_so_when_another_job_fails(ray_here, tmp
 
 @pytest.mark.parametrize("how", ["stop flag", "ctrl-c"])
 def test_a_worker_that_does_not_hear_is_killed_after_a_while(ray_here, tmp_path, monkeypatch, how):
-    monkeypatch.setattr(pool, "_SAVING_SECONDS", 1.5)
+    monkeypatch.setattr(pool, "SAVING_SECONDS", 1.5)
     driver = Driver(tmp_path, ["one"], deaf=True)
     asked: list[float] = []
 
@@ -274,7 +274,7 @@ def test_a_worker_that_does_not_hear_is_killed_after_a_while(ray_here, tmp_path,
 
 
 def test_a_second_ctrl_c_does_not_wait_for_workers_that_save(ray_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_SAVING_SECONDS", 60.0)
+    monkeypatch.setattr(pool, "SAVING_SECONDS", 60.0)
     driver = Driver(tmp_path, ["one"], deaf=True)
 
     def twice() -> float:
