@@ -19,10 +19,10 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from flows import session, stages, tuning
 from flows.display import Bar, figure
+from flows.harvesting import harvest
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from flows.session import Session
-from sae_ext import host
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import ShardAnalysis, label_names
 from sae_ext.artefacts import (
@@ -37,7 +37,6 @@ from sae_ext.artefacts import (
 from sae_ext.interpret.chat import KEY_VARIABLE
 from sae_ext.interpret.run import check_server
 from workers.analyse import AnalyseWorker
-from workers.harvest import HarvestWorker
 from workers.interpret import InterpretWorker
 from workers.pool import Job
 
@@ -61,41 +60,6 @@ def campaign(recipe: Recipe) -> dict[str, str]:
         keys[interpretations.KIND] = interpret(recipe, keys)
         keys[campaigns.KIND] = aggregate(recipe, keys)
     return keys
-
-
-@task(
-    name="harvest", task_run_name="harvest {recipe.host.model} layer {recipe.host.layer}", **STAGE
-)
-def harvest(recipe: Recipe) -> str:
-    """Read the host model's residual stream over the corpus into shards."""
-    wanted = stages.of_activations(recipe)
-    with _stage("harvest", wanted) as (run, bar):
-        if bar is None:
-            return wanted.key
-        stages.preflight(recipe)
-        documents, plan = stages.planned_harvest(recipe, wanted.key)
-        activations.put_documents(run.store, wanted.key, documents, plan)
-        units = activations.missing_units(run.store, wanted.key, plan)
-        jobs = [Job("make", (wanted.key, u, documents[u.start : u.stop])) for u in units]
-        computing: list[float] = []
-        run.work(
-            bar,
-            HarvestWorker,
-            (
-                run.store.url,
-                host.portable(recipe.host),
-                recipe.harvest,
-                recipe.resources.cpus_per_worker,
-            ),
-            jobs,
-            sizes=[float(u.rows) for u in units],
-            workers=recipe.resources.workers,
-            cpus=recipe.resources.cpus_per_worker,
-            on_result=lambda _, made: computing.append(made[1]),
-        )
-        activations.commit(run.store, wanted, plan, {"computing": sum(computing)})
-        bar.finish(f"{sum(plan.rows):,} rows of {len(documents):,} documents → {wanted.key}")
-    return wanted.key
 
 
 @task(name="train", task_run_name="train d_sae {recipe.sae.d_sae}", **STAGE)

@@ -34,6 +34,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+stores = typer.Typer(
+    help="Look at the store, check it, clear it out, hand activations on.", no_args_is_help=True
+)
+app.add_typer(stores, name="store")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -195,7 +199,18 @@ def report(
     showing.report(console, store or DEFAULT_STORE, campaign, out)
 
 
-@app.command("ls")
+@app.command()
+def show(path: RecipePath, store: StoreOption = None) -> None:
+    """Show a recipe with every default.
+
+    Example: [bold]sparsemill show recipes/quickstart.yaml[/]
+    """
+    from flows import recipe as recipes
+
+    console.print(recipes.to_yaml(_load(path, store)), markup=False)
+
+
+@stores.command("ls")
 def list_artefacts(
     kind: Annotated[
         str, typer.Argument(help="activations, saes, trials, features, ...; all.")
@@ -208,25 +223,77 @@ def list_artefacts(
     showing.listing(console, store or DEFAULT_STORE, kind)
 
 
-@app.command()
-def show(
-    what: Annotated[str, typer.Argument(help="A key (or its beginning), or a recipe file.")],
+@stores.command("show")
+def show_artefact(
+    key: Annotated[str, typer.Argument(help="A key (or its beginning).")],
     feature: Annotated[int | None, typer.Option(help="Show this feature's evidence.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Show one artefact: what it was made from, its files, its figures; or a recipe with every default.
+    """Show one artefact: what it was made from, its files, its figures.
 
-    Examples: [bold]sparsemill show 3f2a[/], [bold]sparsemill show 3f2a --feature 17[/],
-    [bold]sparsemill show recipes/quickstart.yaml[/]
+    Examples: [bold]sparsemill store show 3f2a[/], [bold]sparsemill store show 3f2a --feature 17[/]
     """
     from flows import showing
 
-    if what.endswith((".yaml", ".yml")):
-        from flows import recipe as recipes  # takes a while: it knows every option of training
+    showing.artefact(console, store or DEFAULT_STORE, key, feature)
 
-        console.print(recipes.to_yaml(_load(Path(what), store)), markup=False)
-    else:
-        showing.artefact(console, store or DEFAULT_STORE, what, feature)
+
+@stores.command()
+def verify(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys (or their beginnings); everything.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the files that are wrong.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Read every file and compare it with its checksum; exit code 1 where one is wrong.
+
+    A file that is removed is made again by the command that made it.
+    """
+    from flows import storing
+
+    if not storing.verify(console, store or DEFAULT_STORE, keys or [], remove=remove):
+        raise typer.Exit(1)
+
+
+@stores.command()
+def gc(
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Keep this artefact and what it was made from.")
+    ] = None,
+    hours: Annotated[
+        float, typer.Option(min=0, help="Leave alone what was touched in the last hours.")
+    ] = 24.0,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove it, instead of listing.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """List what no campaign was made from, and what was begun and never ended; --remove removes it.
+
+    Example: [bold]sparsemill store gc --keep 3f2a --remove[/]
+    """
+    from flows import storing
+
+    storing.gc(console, store or DEFAULT_STORE, keep or [], hours=hours, remove=remove)
+
+
+@stores.command("export")
+def export_activations(
+    key: Annotated[str, typer.Argument(help="Key of activations (or its beginning).")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens in a context.")] = 128,
+    store: StoreOption = None,
+) -> None:
+    """Write activations as SAELens caches them (needs the package datasets).
+
+    Example: [bold]sparsemill store export 81c0 --out /tmp/cache --context 128[/]
+    """
+    from flows import storing
+
+    storing.export(console, store or DEFAULT_STORE, key, out, context)
 
 
 @app.command()

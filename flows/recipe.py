@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,7 +31,6 @@ from sae_ext.config import (
     AnalyseConfig,
     CorpusConfig,
     HarvestConfig,
-    HostConfig,
     InterpretConfig,
     SAEConfig,
     TrainConfig,
@@ -38,6 +38,7 @@ from sae_ext.config import (
     with_changes,
 )
 from sae_ext.errors import UserError
+from sae_ext.hosts import AnyHost, Transformer
 from sae_ext.training.checks import check_together
 
 
@@ -53,6 +54,8 @@ class Resources(BaseModel):
     """Ray actors that harvest, analyse and interpret."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """CPUs, and so threads, of each of them."""
+    harvest_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of an actor that harvests: one, a share of one, or 0 to compute on CPUs."""
     train_cpus: Annotated[int, Field(ge=1)] = 2
     """CPUs of an actor that trains."""
     train_gpus: Annotated[float, Field(ge=0)] = 0
@@ -66,13 +69,14 @@ class Resources(BaseModel):
     ray_address: str | None = None
     """`host:port` of a running Ray cluster, or `auto`; RAY_ADDRESS when absent; else this machine."""
 
-    @field_validator("train_gpus")
+    @field_validator("train_gpus", "harvest_gpus")
     @classmethod
-    def _at_most_one(cls, value: float) -> float:
+    def _at_most_one(cls, value: float, info: ValidationInfo) -> float:
         if value > 1:
+            more = "workers" if info.field_name == "harvest_gpus" else "train_workers"
             raise UserError(
-                f"train_gpus must be at most 1, got {value:g}: for an SAE on several GPUs set train_workers, "
-                "of which each has its own"
+                f"{info.field_name} must be at most 1, got {value:g}: to use several GPUs set {more}, of which "
+                "each has its own"
             )
         return value
 
@@ -88,10 +92,10 @@ class Recipe(BaseModel):
     """Folder or fsspec URL where every result is kept."""
     corpus: CorpusConfig = CorpusConfig()
     """The documents."""
-    host: HostConfig = HostConfig()
-    """The model whose activations are read."""
+    host: AnyHost = Transformer()
+    """What activations are read from, and where in it."""
     harvest: HarvestConfig = HarvestConfig()
-    """How activations are computed and stored."""
+    """How activations are stored."""
     sae: SAEConfig = SAEConfig()
     """Shape of the sparse autoencoder."""
     train: TrainConfig = TrainConfig()
@@ -310,7 +314,7 @@ def _refusing(hint: Any, values: Any, path: str) -> str | None:
 
 def _configs(hint: Any) -> Iterator[Any]:
     """The configuration classes that may stand where this annotation does."""
-    if is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, BaseModel)):
+    if isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, BaseModel)):
         yield hint
     for inner in get_args(hint):
         yield from _configs(inner)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,24 +50,26 @@ class Session:
         bar: Bar,
         worker: type,
         arguments: tuple[Any, ...],
-        jobs: list[pool.Job],
+        jobs: Iterable[pool.Job],
         *,
         sizes: list[float],
         workers: int,
         cpus: int,
         gpus: float = 0,
         on_result: Callable[[int, Any], None] = lambda job, value: None,
+        pace: Callable[[], str] | None = None,
     ) -> None:
         """Run jobs on Ray (see `pool.run`), showing progress in the terminal and in Prefect.
 
         Args:
             sizes: how much of the bar each job is; a job's updates count within its share.
+            pace: says in a few words how fast it goes; how much of the bar a second where absent.
         """
-        if not jobs:
+        if not sizes:
             return
         self.cluster.wait()
         report = _PrefectProgress(bar.name)
-        done = [0.0] * len(jobs)
+        done = [0.0] * len(sizes)
         total = sum(sizes)
 
         def on_event(index: int, event: Event) -> None:
@@ -81,11 +83,12 @@ class Session:
         def finished(index: int, value: Any) -> None:
             done[index] = sizes[index]
             on_result(index, value)
-            if len(jobs) > 1:  # a job alone has said how it went itself
+            if len(sizes) > 1:  # a job alone has said how it went itself
                 show("")
 
         def show(note: str) -> None:
-            speed = f"{sum(done) / max(time.perf_counter() - bar.started, 1e-9):,.0f}/s"
+            seconds = max(time.perf_counter() - bar.started, 1e-9)
+            speed = f"{sum(done) / seconds:,.0f}/s" if pace is None else pace()
             bar.update(sum(done), total, note or speed)
             report(sum(done) / max(total, 1e-9), note or speed)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.display import figure
+from sae_ext import hosts
 from sae_ext.artefacts import campaigns, features, saes
 from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics.stability import agreement
@@ -217,9 +218,8 @@ def _gist(manifest: Manifest) -> str:
     extra, config = manifest.extra, manifest.config
     match manifest.kind:
         case "activations":
-            return (
-                f"{extra['n_rows']:,} × {extra['d_in']} {extra['dtype']}, {config['host']['model']}"
-            )
+            host = hosts.from_content(config["host"]).summary()
+            return f"{extra['n_rows']:,} × {extra['d_in']} {extra['dtype']}, {host}"
         case "saes":
             seen = extra["validation"]
             what = f"d_sae {config['sae']['d_sae']}" if "sae" in config else "imported"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from flows.recipe import Recipe
-from sae_ext import corpora, host
-from sae_ext.activations.harvest import Plan, plan
+from sae_ext import corpora
+from sae_ext.activations.harvest import Unit, size_of, units
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
-from sae_ext.config import CorpusConfig, HarvestConfig, HostConfig, with_changes
-from sae_ext.corpora import Document
+from sae_ext.config import CorpusConfig, HarvestConfig, with_changes
 from sae_ext.errors import UserError
+from sae_ext.hosts import AnyHost
 from sae_ext.store import Store
 
 Keys = Mapping[str, str]
@@ -22,8 +22,13 @@ Keys = Mapping[str, str]
 
 
 def of_activations(recipe: Recipe) -> Stage:
-    """Reads the corpus' and the model's files for their hashes."""
-    return activations.stage(recipe.corpus, recipe.host, recipe.harvest)
+    """Reads the corpus' and the host's files for their hashes."""
+    return harvested(recipe)[0]
+
+
+def harvested(recipe: Recipe) -> list[Stage]:
+    """The activations of each place that is read in one pass, the recipe's own first."""
+    return activations.stages(recipe.corpus, recipe.host, recipe.harvest)
 
 
 def of_trials(recipe: Recipe, keys: Keys) -> Stage:
@@ -76,41 +81,35 @@ def all_of(recipe: Recipe, store: Store) -> Iterator[Stage]:
         yield stage
 
 
-def planned_harvest(recipe: Recipe, key: str) -> tuple[list[Document], Plan]:
-    """The documents and how they are cut into shards; worked out once per process and key.
+def planned_harvest(recipe: Recipe, key: str) -> list[Unit]:
+    """How the corpus is cut into units of work; worked out once per process and key.
 
     The command line calls it while its servers start, which takes about as long.
 
     Raises:
-        UserError: the corpus or the model cannot be read.
+        UserError: the corpus cannot be read.
     """
     return _planned(key, recipe.corpus, recipe.host, recipe.harvest)
 
 
 @lru_cache(maxsize=1)
-def _planned(
-    _key: str, corpus: CorpusConfig, host_config: HostConfig, harvest: HarvestConfig
-) -> tuple[list[Document], Plan]:
-    folder = host.resolve(host_config.model)
-    d_in = host.width(folder, host_config.layer)
-    documents = corpora.load(corpus)
-    tokenizer = host.load_tokenizer(folder)
-    return documents, plan(documents, tokenizer, host_config, harvest, d_in)
+def _planned(_key: str, corpus: CorpusConfig, host: AnyHost, harvest: HarvestConfig) -> list[Unit]:
+    return list(units(map(size_of, host.documents(corpus)), harvest))
 
 
 def preflight(recipe: Recipe) -> None:
     """Look at what can be looked at quickly, before anything is started.
 
     Raises:
-        UserError: the host model is not there, has fewer blocks than `host.layer` or another width than
-            `sae.d_in`, or the user's corpus cannot be read.
+        UserError: the host is not there, has fewer blocks than `host.layer` or another width than `sae.d_in`, or
+            the user's corpus cannot be read.
     """
-    if recipe.corpus.source != corpora.STDLIB:
-        corpora.load(recipe.corpus)
-    d_in = host.width(host.resolve(recipe.host.model), recipe.host.layer)
-    if recipe.sae.d_in not in (None, d_in):
+    if recipe.corpus.source not in (None, corpora.STDLIB):
+        planned_harvest(recipe, of_activations(recipe).key)
+    d_in = recipe.host.width()
+    if None not in (d_in, recipe.sae.d_in) and recipe.sae.d_in != d_in:
         raise UserError(
-            f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.model} gives activations of width "
+            f"sae.d_in is {recipe.sae.d_in}, but {recipe.host.summary()} gives activations of width "
             f"{d_in}: correct it or leave it out"
         )
 

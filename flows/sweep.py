@@ -12,7 +12,7 @@ from prefect import flow, task
 
 from flows import recipe as recipes
 from flows import session
-from flows.campaign import harvest
+from flows.harvesting import harvest
 from flows.policy import STAGE
 from flows.recipe import Recipe
 from sae_ext.artefacts import Stage, activations, saes

@@ -98,7 +98,7 @@ def analyse_shard(
     )
     found = ShardAnalysis(config, sae, len(labels))
     rows = np.arange(activations.offsets[index], activations.offsets[index + 1])
-    owners = activations.document_of_row[rows]
+    owners = activations.documents_of(rows)
     is_test = activations.split_of_documents("test")[owners]
     provenance = activations.provenance(index)
     positions = provenance["position"].to_numpy()

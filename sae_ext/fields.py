@@ -36,7 +36,7 @@ def from_dict(kind: type[T], content: Mapping[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{kind.__name__}: {where}: {first['msg']}") from error
+        raise UserError(f"{getattr(kind, '__name__', 'host')}: {where}: {first['msg']}") from error
 
 
 def with_changes(config: T, changes: Mapping[str, Any]) -> T:

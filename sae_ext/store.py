@@ -21,11 +21,11 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -34,13 +34,23 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sae_ext.errors import CorruptArtefact, UserError
 
+Content = bytes | Sequence[memoryview]
+"""What a file is to hold: all of it, or its parts."""
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_CHUNK = 1 << 22
+_FETCHED = "fetched"
 KINDS = ("activations", "saes", "trials", "features", "interpretations", "campaigns")
 
 # Part of every key: raised when a stage's code changes what the same config produces, so that
 # old artefacts are not taken for new ones.
-STAGE_VERSIONS = {**dict.fromkeys(KINDS, 1), "saes": 2, "trials": 2, "campaigns": 2}
+STAGE_VERSIONS = {
+    **dict.fromkeys(KINDS, 1),
+    "saes": 3,
+    "trials": 3,
+    "campaigns": 2,
+    "activations": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,14 @@ class Manifest:
     def digest(self) -> str:
         """Hash over all file hashes: equal digests mean equal bytes. Times and machine do not count."""
         return _sha256(_canonical({name: f["sha256"] for name, f in self.files.items()}))
+
+
+class StoredFile(NamedTuple):
+    """A file that is there."""
+
+    bytes: int
+    changed: float
+    """Seconds since 1970."""
 
 
 def stage_key(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -131,14 +149,18 @@ class Store:
         """
         if not self.fs.exists(self.path(kind, key, MANIFEST)):
             return False
+        # One listing: there may be a hundred thousand of them.
+        root = self.path(kind, key)
+        there = {
+            str(path).split(f"/{kind}/{key}/", 1)[1]: facts["size"]
+            for path, facts in self.fs.find(root, detail=True).items()
+        }
         for name, facts in self.manifest(kind, key).files.items():
-            path = self.path(kind, key, name)
-            try:
-                size = self.fs.size(path)
-            except FileNotFoundError:
+            if name not in there:
                 return False
-            if size != facts["bytes"]:
-                raise _corrupt(path, f"has {size} bytes instead of {facts['bytes']}")
+            if there[name] != facts["bytes"]:
+                path = self.path(kind, key, name)
+                raise _corrupt(path, f"has {there[name]} bytes instead of {facts['bytes']}")
         return True
 
     def has_file(self, kind: str, key: str, name: str) -> bool:
@@ -146,9 +168,13 @@ class Store:
         return bool(self.fs.exists(self.path(kind, key, name)))
 
     def names(self, kind: str, key: str, folder: str) -> list[str]:
-        """Names of the files put into a folder of an artefact, committed or not, in ascending order."""
-        root = self.path(kind, key)
-        found = self.fs.find(f"{root}/{folder}") if self.fs.exists(f"{root}/{folder}") else []
+        """Names of the files put into a folder of an artefact, committed or not, in ascending order.
+
+        Args:
+            folder: "" for the artefact's own.
+        """
+        root = self.path(kind, key, folder)
+        found = self.fs.find(root) if self.fs.exists(root) else []
         names = (str(path).split(f"/{kind}/{key}/", 1)[1] for path in found)
         return sorted(n for n in names if "/.tmp-" not in n)
 
@@ -185,7 +211,7 @@ class Store:
         if len(hits) == 1:
             return hits[0]
         what = "nothing" if not hits else " and ".join(f"{k}/{key}" for k, key in hits[:4])
-        raise UserError(f"{prefix!r} matches {what} in {self.url}: see `sparsemill ls`")
+        raise UserError(f"{prefix!r} matches {what} in {self.url}: see `sparsemill store ls`")
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -196,11 +222,16 @@ class Store:
         except FileNotFoundError:
             raise UserError(f"{kind}/{key} has no file {name} in {self.url}") from None
 
-    def read_table(self, kind: str, key: str, name: str) -> pa.Table:
-        """One Parquet file as a table."""
+    def read_table(
+        self, kind: str, key: str, name: str, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """One Parquet file as a table, or some of its columns."""
         path = self.path(kind, key, name)
         try:
-            return pq.read_table(io.BytesIO(self.read(kind, key, name)))
+            return pq.read_table(
+                io.BytesIO(self.read(kind, key, name)),
+                columns=None if columns is None else [*columns],
+            )
         except pa.ArrowInvalid as error:
             raise _corrupt(path, f"is not a readable table ({_first_line(error)})") from error
 
@@ -219,15 +250,46 @@ class Store:
             if verify:
                 self._check(kind, key, name, path)
             return path
-        cached = _cache_dir() / _sha256(self.url.encode())[:12] / kind / key / name
+        cached = _cache_dir() / _FETCHED / _sha256(self.url.encode())[:12] / kind / key / name
         if verify and cached.exists():
             try:
                 self._check(kind, key, name, cached)
             except CorruptArtefact:
                 cached.unlink(missing_ok=True)  # only the copy is known to be bad
-        if not cached.exists():
+        try:
+            os.utime(cached)  # those used longest ago make room for others
+        except FileNotFoundError:
             self._fetch(kind, key, name, cached)
+            _make_room(cached)
         return cached
+
+    def wrong(self, kind: str, key: str, name: str) -> str | None:
+        """What is wrong with a committed file, which is read and hashed where it lies; None where nothing is."""
+        facts = self.manifest(kind, key).files[name]
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.fs.open(self.path(kind, key, name), "rb") as stream:
+                while part := stream.read(_CHUNK):
+                    digest.update(part)
+                    size += len(part)
+        except FileNotFoundError:
+            return "is missing"
+        if size != facts["bytes"]:
+            return f"has {size} bytes instead of {facts['bytes']}"
+        return None if digest.hexdigest() == facts["sha256"] else "does not match its checksum"
+
+    def folders(self, kind: str) -> dict[str, dict[str, StoredFile]]:
+        """Every artefact of a kind, committed or not, with the files that are there."""
+        root = f"{self.root}/{kind}"
+        found: dict[str, dict[str, StoredFile]] = {}
+        for path, facts in (
+            self.fs.find(root, detail=True) if self.fs.exists(root) else {}
+        ).items():
+            key, _, name = str(path).split(f"/{kind}/", 1)[1].partition("/")
+            changed = facts.get("mtime") or facts.get("LastModified") or facts.get("created") or 0.0
+            seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
+            found.setdefault(key, {})[name] = StoredFile(int(facts["size"]), seconds)
+        return found
 
     def _fetch(self, kind: str, key: str, name: str, cached: Path) -> None:
         """Copy a remote file into the cache, whole and checked or not at all."""
@@ -254,8 +316,11 @@ class Store:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def put(self, kind: str, key: str, name: str, data: bytes) -> dict[str, Any]:
+    def put(self, kind: str, key: str, name: str, data: Content) -> dict[str, Any]:
         """Write one file so that it is either absent or whole; return its facts for the manifest.
+
+        Args:
+            data: parts are written one after the other, without being put together.
 
         Raises:
             UserError: the store cannot be written to (full, read-only, gone).
@@ -264,11 +329,30 @@ class Store:
         try:
             if self.is_local:
                 write_atomically(Path(path), data)
-            else:
+            elif isinstance(data, bytes):
                 self.fs.pipe_file(path, data)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({_first_line(error)})") from error
-        return {"sha256": _sha256(data), "bytes": len(data)}
+            else:
+                with tempfile.TemporaryDirectory(prefix="sparsemill-") as folder:
+                    local = Path(folder, "file")
+                    write_atomically(local, data)
+                    self.fs.put_file(
+                        str(local), path
+                    )  # in pieces, and there as a whole or not at all
+        except Exception as error:
+            raise UserError(
+                f"{path} cannot be written ({_first_line(error)}): see that the store is there and has room, and "
+                "run the same command, which goes on"
+            ) from error
+        return self.facts_of(data)
+
+    @staticmethod
+    def facts_of(data: Content) -> dict[str, Any]:
+        """Size and checksum of a file's content."""
+        digest, size = hashlib.sha256(), 0
+        for part in [data] if isinstance(data, bytes) else data:
+            digest.update(part)
+            size += len(part)
+        return {"sha256": digest.hexdigest(), "bytes": size}
 
     def put_table(
         self, kind: str, key: str, name: str, table: pa.Table, **options: Any
@@ -278,8 +362,7 @@ class Store:
 
     def facts(self, kind: str, key: str, name: str) -> dict[str, Any]:
         """Size and checksum of a file put earlier."""
-        data = self.read(kind, key, name)
-        return {"sha256": _sha256(data), "bytes": len(data)}
+        return self.facts_of(self.read(kind, key, name))
 
     def commit(
         self,
@@ -367,13 +450,14 @@ def _temporary_name(name: str) -> str:
     )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: Content) -> None:
     """Write a file of this machine so that it is either absent, as it was, or whole; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_temporary_name(path.name))
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            for part in [data] if isinstance(data, bytes) else data:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -396,6 +480,35 @@ def _cache_dir() -> Path:
         folder = Path(tempfile.gettempdir()) / "sparsemill-cache"
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _cache_bytes() -> float:
+    """How much may be kept of other machines' files: SPARSEMILL_CACHE_GB, or 100 GB."""
+    given = os.environ.get("SPARSEMILL_CACHE_GB", "100")
+    try:
+        size = float(given)
+    except ValueError:
+        size = -1.0
+    if not size >= 0:
+        raise UserError(f"SPARSEMILL_CACHE_GB must be a number of gigabytes, got {given!r}")
+    return size * 1e9
+
+
+def _make_room(newest: Path) -> None:
+    """Remove files used longest ago until the cache keeps to its size; those that are mapped stay readable."""
+    limit = _cache_bytes()
+    files = []
+    for path in (_cache_dir() / _FETCHED).rglob("*"):
+        with contextlib.suppress(OSError):  # another process makes room too
+            facts = path.stat()
+            if path.is_file() and path != newest and not path.name.startswith(".tmp-"):
+                files.append((facts.st_mtime, facts.st_size, path))
+    size = newest.stat().st_size + sum(f[1] for f in files)
+    for _, bytes_, path in sorted(files):
+        if size <= limit:
+            return
+        path.unlink(missing_ok=True)
+        size -= bytes_
 
 
 def _corrupt(path: str, what: str) -> CorruptArtefact:

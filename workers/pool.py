@@ -8,8 +8,10 @@ has a `stop` method, as soon as it has saved what it is doing.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import ray
@@ -46,7 +48,7 @@ OnEvent = Callable[[int, Event], None]
 def run(
     worker: type,
     arguments: tuple[Any, ...],
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     *,
     workers: int,
     cpus: float,
@@ -58,6 +60,7 @@ def run(
     """Run the jobs on up to `workers` actors of `cpus` CPUs and `gpus` GPUs each, made from `worker(*arguments)`.
 
     Args:
+        jobs: taken one by one as workers become free, so that what is still to be done need not be held.
         on_event: called with the job's index and each `Update` or `Log` its worker sends.
         on_result: called with the job's index and its result, in order of completion.
 
@@ -66,8 +69,11 @@ def run(
         Stopped: `stop` said so.
         Exception: whatever a job raised, as it was raised there.
     """
-    if not jobs:
+    each = enumerate(jobs)
+    first = next(each, None)
+    if first is None:
         return
+    coming = itertools.chain([first], each)
     require_room(cpus, gpus)
     saves = hasattr(worker, "stop")
     remote = ray.remote(
@@ -77,18 +83,26 @@ def run(
         max_task_retries=0,
         max_concurrency=2 if saves else 1,  # `stop` is heard beside the work
     )(worker)
-    actors = [remote.remote(*arguments) for _ in range(min(workers, len(jobs)))]
+    actors = [
+        remote.remote(*arguments) for _ in range(min(workers, operator.length_hint(jobs, workers)))
+    ]
     # Only an actor that exists gets work: where fewer fit than were asked for, the rest never start.
     starting = {actor.__ray_ready__.remote(): actor for actor in actors}
     idle: list[Any] = []
     running: dict[Any, tuple[int, Any]] = {}
-    waiting = list(range(len(jobs)))[::-1]
+    more = True
     try:
-        while waiting or running:
-            while waiting and idle:
-                index, actor = waiting.pop(), idle.pop(0)
-                call = getattr(actor, jobs[index].method).options(num_returns="streaming")
-                running[call.remote(*jobs[index].args)] = (index, actor)
+        while more or running:
+            while more and idle:
+                following = next(coming, None)
+                more = following is not None
+                if following is None:
+                    break
+                (index, job), actor = following, idle.pop(0)
+                call = getattr(actor, job.method).options(num_returns="streaming")
+                running[call.remote(*job.args)] = (index, actor)
+            if not (more or running):
+                break
             watched = [*running, *starting]
             ready, _ = ray.wait(watched, num_returns=1, timeout=_SLICE_SECONDS, fetch_local=False)
             if (

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_ext.activations.buffer import RingBuffer
 from sae_ext.activations.dataset import Dataset
+from sae_ext.activations.order import Rows, Shuffled
 from sae_ext.errors import UserError
 
 
@@ -67,10 +68,9 @@ class BatchSource(ABC):
 
 
 class EpochRows(BatchSource):
-    """Each epoch is one uniform permutation of the rows, by (seed, epoch); the tail is carried on.
+    """Each epoch is one random order of the rows, by (seed, epoch); the tail is carried on.
 
-    An order of n rows takes 8n bytes, and two are held in the second half of an epoch, while the
-    next is made: 1.6 GB for 10^8 rows.
+    The order is a function (`sae_ext.activations.order`), so any number of rows takes the same memory.
 
     Args:
         rows: numbers of the rows to take.
@@ -86,7 +86,7 @@ class EpochRows(BatchSource):
     def __init__(
         self,
         data: Dataset,
-        rows: npt.NDArray[np.int64],
+        rows: Rows,
         batch_rows: int,
         seed: int,
         *,
@@ -106,10 +106,8 @@ class EpochRows(BatchSource):
         self._handed_out = 0
         self._picked = 0  # rows whose batches are handed out or read ahead
         self._ahead: deque[Future[Batch]] = deque()
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # of an epoch
-        self._next_order: Future[npt.NDArray[np.int64]] | None = None
+        self._order: tuple[int, Shuffled] | None = None  # of an epoch
         self._gathering: ThreadPoolExecutor | None = None
-        self._ordering: ThreadPoolExecutor | None = None
 
     def next(self) -> Batch:
         """The next batch, this member's part of `batch_rows` rows."""
@@ -133,11 +131,9 @@ class EpochRows(BatchSource):
     def close(self) -> None:
         """End the threads, after what they are just reading; another `next` would start them again."""
         self._rewind()
-        self._next_order = None
-        for pool in (self._gathering, self._ordering):
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
-        self._gathering = self._ordering = None
+        if self._gathering is not None:
+            self._gathering.shutdown(cancel_futures=True)
+        self._gathering = None
 
     def _rewind(self) -> None:
         """Forget what was read ahead."""
@@ -150,7 +146,6 @@ class EpochRows(BatchSource):
         """The next batch, with the ones after it on the way."""
         if self._gathering is None:
             self._gathering = ThreadPoolExecutor(self._readers, "read-batch")
-            self._ordering = ThreadPoolExecutor(1, "order-epoch")
         while len(self._ahead) <= self._readers:
             self._ahead.append(self._gathering.submit(self._gather, self._pick()))
         return self._ahead.popleft().result()
@@ -164,25 +159,17 @@ class EpochRows(BatchSource):
         wanted = self.batch_rows
         while wanted:
             epoch, position = divmod(self._picked, len(self.all_rows))
-            part = self._order_of(epoch)[position : position + wanted]
-            picked.append(part)
-            wanted -= len(part)
-            self._picked += len(part)
-            second_half = 2 * (position + len(part)) >= len(self.all_rows)
-            if second_half and self._ordering and not self._next_order:
-                self._next_order = self._ordering.submit(self._permute, epoch + 1)
+            stop = min(position + wanted, len(self.all_rows))
+            places = self._order_of(epoch).at(np.arange(position, stop))
+            picked.append(self.all_rows[places])
+            wanted -= len(places)
+            self._picked += len(places)
         return np.concatenate(picked)[self._part]
 
-    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _order_of(self, epoch: int) -> Shuffled:
         if self._order is None or self._order[0] != epoch:
-            following, self._next_order = self._next_order, None
-            ready = following and self._order and self._order[0] + 1 == epoch
-            order = following.result() if following and ready else self._permute(epoch)
-            self._order = epoch, order
+            self._order = epoch, Shuffled(len(self.all_rows), [self.seed, epoch])
         return self._order[1]
-
-    def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.all_rows)
 
 
 class BufferedRows(BatchSource):
@@ -324,7 +311,7 @@ class _ChunkReader:
         return self._pool.submit(next, self._chunks, None)
 
 
-def in_stored_order(data: Dataset, rows: npt.NDArray[np.int64], chunk_rows: int) -> Stream:
+def in_stored_order(data: Dataset, rows: Rows, chunk_rows: int) -> Stream:
     """The given rows as an endless stream: epoch after epoch in the given order, in chunks.
 
     The last chunk of an epoch is shorter. Give ascending rows, so that the files are read in order.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae_ext.activations.order import Rows
 from sae_ext.corpora import Split
 from sae_ext.errors import UserError
 
@@ -27,7 +28,7 @@ class Dataset(Protocol):
     """Equal keys mean equal content."""
     d_in: int
 
-    def rows(self, split: Split) -> npt.NDArray[np.int64]:
+    def rows(self, split: Split) -> Rows:
         """Ascending numbers of a split's rows."""
         ...
 
@@ -47,7 +48,7 @@ class Dataset(Protocol):
         """Where a row lies, for messages: the file and the row in it, counted from 0."""
         ...
 
-    def in_order(self, rows: npt.NDArray[np.int64], batch_rows: int) -> Iterator[Tensor]:
+    def in_order(self, rows: Rows | npt.NDArray[np.int64], batch_rows: int) -> Iterator[Tensor]:
         """The given rows in batches, the last one shorter."""
         for start in range(0, len(rows), batch_rows):
             yield self.gather(rows[start : start + batch_rows])
@@ -91,9 +92,9 @@ class InMemory(Dataset):
             self._split = _checked_split(n_rows, split)
         self.key = self._hash()
 
-    def rows(self, split: Split) -> npt.NDArray[np.int64]:
+    def rows(self, split: Split) -> Rows:
         """Ascending numbers of a split's rows."""
-        return self._split[split]
+        return Rows.of(self._split[split])
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """The given rows in the given order, as float32 [len(rows), d_in]."""

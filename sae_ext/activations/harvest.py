@@ -1,199 +1,165 @@
-"""From documents to activation shards: the plan, and the work on one shard.
+"""From documents to activation shards: units of work, and the work on one of them.
 
-The plan cuts the documents, in corpus order, into shards by row count alone, so it does not depend
-on who computes them or when. A shard's bytes are a function of its documents, the model and the
-configuration: any worker may make it, twice if need be.
+A unit is a run of documents of the corpus with about `unit_kb` of text; so the units depend on the corpus alone,
+not on who computes them or when. What a unit gives is a function of its documents, the host and the configuration:
+any worker may make it, twice if need be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors.numpy import save
+from torch import Tensor
 
-from sae_ext.config import HarvestConfig, HostConfig
-from sae_ext.corpora import Document
+from sae_ext.config import HarvestConfig
+from sae_ext.corpora import Document, Harvested, Rejected, to_table
+from sae_ext.corpora.config import CorpusConfig
 from sae_ext.errors import UserError
-from sae_ext.host import Host
+from sae_ext.hosts import Found, Host
 
-_TOKENIZE_AT_ONCE = 1024
+_ROW_BYTES = 4  # a document without text counts as a token of English does
+_SUM_ROWS = 8192
 
 
 class Unit(NamedTuple):
-    """Shard `number` to make: documents `start` up to `stop` of the corpus, `rows` rows in all."""
+    """Work unit `number`: documents `start` up to `stop` of the corpus, `size` bytes of text in all."""
 
     number: int
     start: int
     stop: int
-    rows: int
+    size: int
 
 
-class Plan(NamedTuple):
-    """Rows of each document, and the shards they go to."""
+class Shard(NamedTuple):
+    """What a unit gives at one hook."""
 
-    rows: list[int]
-    units: list[Unit]
-
-
-class ShardData(NamedTuple):
-    """A finished shard as the bytes of its two files."""
-
-    activations: bytes
+    x: Tensor
+    """[rows, d_in] in the format that is stored."""
+    sums: dict[str, npt.NDArray[np.float64]]
+    """Over the rows: `sum`, `sum_sq` [d_in] and `norm_sum` [1]."""
     provenance: pa.Table
+    """A line a row, see `provenance_table`."""
+    documents: pa.Table
+    """See `sae_ext.corpora.to_table`."""
 
 
-def plan(
-    documents: Sequence[Document],
-    tokenizer: Any,
-    host: HostConfig,
-    config: HarvestConfig,
-    d_in: int,
-) -> Plan:
-    """Count each document's rows and cut the corpus into shards of at most `shard_mb`.
+def size_of(document: Document | Rejected) -> int:
+    """Bytes of text in a document, which is what its work is measured by."""
+    if isinstance(document, Rejected):
+        return 0
+    return len(document.text.encode()) or _ROW_BYTES
 
-    Documents that give no row (only special tokens) stay in the table with zero rows.
-    """
-    rows: list[int] = []
-    for first in range(0, len(documents), _TOKENIZE_AT_ONCE):
-        texts = [d.text for d in documents[first : first + _TOKENIZE_AT_ONCE]]
-        rows += [int(mask.sum()) for mask in _encode(texts, tokenizer, host, config)[2]]
-    row_bytes = d_in * np.dtype(config.dtype).itemsize
-    limit = max(1, int(config.shard_mb * 2**20) // row_bytes)
-    units: list[Unit] = []
-    start = filled = 0
-    for document, count in enumerate(rows):
-        if filled and count and filled + count > limit:
-            units.append(Unit(len(units), start, document, filled))
-            start, filled = document, 0
-        filled += count
+
+def units(sizes: Iterable[int], config: HarvestConfig) -> Iterator[Unit]:
+    """Cut a corpus into units, given the sizes of its documents; a document is never cut."""
+    limit = max(1, int(config.unit_kb * 1024))
+    number = start = filled = stop = 0
+    for stop, size in enumerate(sizes):
+        if size and filled and filled + size > limit:
+            yield Unit(number, start, stop, filled)
+            number, start, filled = number + 1, stop, 0
+        filled += size
     if filled:
-        units.append(Unit(len(units), start, len(rows), filled))
-    if not units:
-        raise UserError("corpus: no document has a single token to read")
-    return Plan(rows, units)
+        yield Unit(number, start, stop + 1, filled)
 
 
-def harvest_unit(host: Host, documents: Sequence[Document], config: HarvestConfig) -> ShardData:
-    """Compute one shard.
+def parts(
+    documents: Iterable[Document | Rejected], config: HarvestConfig
+) -> Iterator[tuple[Unit, list[Document | Rejected]]]:
+    """The same, with the documents of each unit; no more than one unit's are held."""
+    held: list[Document | Rejected] = []
 
-    Returns:
-        The safetensors file: `x` [rows, d_in] in `config.dtype`, and float64 sums over its rows for
-        the manifest (`sum`, `sum_sq` [d_in], `norm_sum` [1]); and the provenance table, one line per
-        row: doc_id, position (token position in the document), token_id, token_text.
+    def sizes() -> Iterator[int]:
+        for each in documents:
+            held.append(each)
+            yield size_of(each)
+
+    for unit in units(sizes(), config):
+        count = unit.stop - unit.start
+        mine, held[:] = held[:count], held[count:]
+        yield unit, mine
+
+
+def harvest_unit(
+    host: Host,
+    documents: Sequence[Document | Rejected],
+    config: HarvestConfig,
+    corpus: CorpusConfig,
+) -> list[Shard]:
+    """Compute a unit: what each of the host's hooks gives.
 
     Raises:
-        UserError: an activation is NaN or infinite, or overflows `config.dtype`.
+        UserError: an activation is NaN or infinite, or overflows `config.dtype`, where that is not to be passed
+            over.
     """
-    texts = [d.text for d in documents]
-    ids, attention, keep = _encode(texts, host.tokenizer, host.config, config)
-    x = _forward(host, ids, attention, keep, config)
-    if not np.isfinite(x).all():
-        row = int(np.argwhere(~np.isfinite(x).all(axis=1))[0, 0])
-        owner = int(np.searchsorted(np.cumsum([m.sum() for m in keep]), row, side="right"))
-        raise UserError(
-            f"document {documents[owner].doc_id!r}: activations are not finite in {config.dtype}: "
-            "set harvest.dtype to float32, or drop the document"
-        )
-    exact = x.astype(np.float64)
-    arrays = {
-        "x": x,
-        "sum": exact.sum(axis=0),
-        "sum_sq": np.square(exact).sum(axis=0),
-        "norm_sum": np.linalg.norm(exact, axis=1).sum(keepdims=True),
-    }
-    return ShardData(save(arrays), _provenance(documents, ids, keep, host.tokenizer))
+    good = [d for d in documents if isinstance(d, Document)]
+    dtype = getattr(torch, config.dtype)
+    found = host.read(good, dtype) if good else []
+    return [_shard(documents, good, each, config, corpus) for each in found]
 
 
-_Encoded = tuple[
-    list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]], list[npt.NDArray[np.bool_]]
-]
-
-
-def _encode(texts: list[str], tokenizer: Any, host: HostConfig, config: HarvestConfig) -> _Encoded:
-    """Token ids, attention masks and the mask of rows to keep, per document."""
-    special = tokenizer.num_special_tokens_to_add()
-    encoded = tokenizer(
-        texts,
-        truncation=True,
-        max_length=min(host.max_tokens + special, tokenizer.model_max_length),
-        return_special_tokens_mask=True,
-    )
-    ids = [np.array(i, dtype=np.int64) for i in encoded["input_ids"]]
-    attention = [np.array(m, dtype=np.int64) for m in encoded["attention_mask"]]
-    is_special = [np.array(m, dtype=bool) for m in encoded["special_tokens_mask"]]
-    keep = [~m if config.drop_special_tokens else np.ones_like(m) for m in is_special]
-    return ids, attention, keep
-
-
-def _forward(
-    host: Host,
-    ids: list[npt.NDArray[np.int64]],
-    attention: list[npt.NDArray[np.int64]],
-    keep: list[npt.NDArray[np.bool_]],
+def _shard(
+    documents: Sequence[Document | Rejected],
+    good: Sequence[Document],
+    found: Found,
     config: HarvestConfig,
-) -> npt.NDArray[Any]:
-    """Activations of the kept tokens [rows, d_in], in document order."""
-    starts = np.concatenate([[0], np.cumsum([m.sum() for m in keep])])
-    out: npt.NDArray[Any] | None = None
-    padding = host.tokenizer.pad_token_id or 0
-    for batch in length_buckets([len(i) for i in ids], config.batch_tokens):
-        longest = max(len(ids[d]) for d in batch)
-        tokens = torch.full((len(batch), longest), padding, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for line, d in enumerate(batch):
-            tokens[line, : len(ids[d])] = torch.from_numpy(ids[d])
-            mask[line, : len(ids[d])] = torch.from_numpy(attention[d])
-        residual = host.residual(tokens, mask).numpy()
-        if out is None:
-            out = np.empty((int(starts[-1]), residual.shape[-1]), dtype=config.dtype)
-        with np.errstate(over="ignore"):  # an overflow shows as inf, which the caller reports
-            for line, d in enumerate(batch):
-                out[starts[d] : starts[d + 1]] = residual[line, : len(ids[d])][keep[d]]
-    assert out is not None, "a unit holds at least one document"
-    return out
+    corpus: CorpusConfig,
+) -> Shard:
+    bad = found.not_finite()
+    if bad and config.not_finite == "refuse":
+        first = min(bad)
+        more = f" and {len(bad) - 1} more documents" if len(bad) > 1 else ""
+        raise UserError(
+            f"document {good[first].doc_id!r}{more}: activations are not finite in {config.dtype} ({bad[first]}): "
+            "set harvest.dtype to float32 or bfloat16, or harvest.not_finite to drop to leave such documents out"
+        )
+    if bad:
+        found = found.without(bad)
+    kept = iter(
+        Harvested(int(n), found.rejected.get(d)) for d, n in enumerate(found.counts.tolist())
+    )
+    fate = [Harvested(0) if isinstance(d, Rejected) else next(kept) for d in documents]
+    return Shard(
+        found.x, row_sums(found.x), provenance_table(good, found), to_table(documents, fate, corpus)
+    )
 
 
-def length_buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group documents of like length so that a padded batch holds at most `batch_tokens` tokens.
+def row_sums(x: Tensor) -> dict[str, npt.NDArray[np.float64]]:
+    """Float64 sums over rows [n, d]: `sum`, `sum_sq` [d] and `norm_sum` [1]."""
+    total = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    norms = torch.zeros(1, dtype=torch.float64)
+    for part in torch.split(x, _SUM_ROWS):  # in float64 all of them are large
+        exact = part.double()
+        total[0] += exact.sum(dim=0)
+        total[1] += exact.square().sum(dim=0)
+        norms += exact.norm(dim=1).sum()
+    return {"sum": total[0].numpy(), "sum_sq": total[1].numpy(), "norm_sum": norms.numpy()}
 
-    Returns:
-        Lists of document indices, longest documents first; a document longer than `batch_tokens`
-        is a batch of its own.
+
+def provenance_table(documents: Sequence[Document], found: Found) -> pa.Table:
+    """A line for each row.
+
+    Columns: doc_id, position (place among the rows of its document), token_id and token_text (null where rows are
+    no tokens).
     """
-    order = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
-    batches: list[list[int]] = []
-    for d in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(d)
-        else:
-            batches.append([d])
-    return batches
-
-
-def _provenance(
-    documents: Sequence[Document],
-    ids: list[npt.NDArray[np.int64]],
-    keep: list[npt.NDArray[np.bool_]],
-    tokenizer: Any,
-) -> pa.Table:
-    kept_ids = np.concatenate([i[k] for i, k in zip(ids, keep, strict=True)])
-    counts = [int(k.sum()) for k in keep]
-    # Position counts the kept tokens, so that windows cut by position have no holes.
-    positions = np.concatenate([np.arange(c, dtype=np.int32) for c in counts])
+    n = len(found.position)
+    names = np.repeat(np.array([d.doc_id for d in documents], dtype=object), found.counts)
+    ids = pa.nulls(n, pa.int32()) if found.token_id is None else pa.array(found.token_id)
+    texts = (
+        pa.nulls(n, pa.string())
+        if found.token_text is None
+        else pa.array(found.token_text, pa.string())
+    )
     return pa.table(
         {
-            "doc_id": pa.array(
-                np.repeat(np.array([d.doc_id for d in documents], dtype=object), counts)
-            ).dictionary_encode(),
-            "position": positions,
-            "token_id": kept_ids.astype(np.int32),
-            "token_text": pa.array(
-                tokenizer.convert_ids_to_tokens(kept_ids.tolist())
-            ).dictionary_encode(),
+            "doc_id": pa.array(names, pa.string()).dictionary_encode(),
+            "position": pa.array(found.position, pa.int32()),
+            "token_id": ids,
+            "token_text": texts.dictionary_encode(),
         }
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 import threading
+from collections import OrderedDict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,16 @@ from torch import Tensor
 
 from sae_ext import corpora
 from sae_ext.activations.dataset import Dataset, and_more, is_missing
-from sae_ext.config import CorpusConfig
-from sae_ext.errors import CorruptArtefact, UserError
+from sae_ext.activations.order import Rows
+from sae_ext.activations.shards import documents_file, map_tensor, provenance_file, shard_file
+from sae_ext.corpora.config import CorpusConfig
+from sae_ext.errors import UserError
+from sae_ext.fields import from_dict
 from sae_ext.store import Store
+
+_OPEN = 256
+"""Shards that are mapped at once."""
+_CHECKED_BYTES = 64e9
 
 
 class Activations(Dataset):
@@ -32,8 +37,12 @@ class Activations(Dataset):
         self.d_in: int = self.manifest.extra["d_in"]
         self.shard_rows: list[int] = self.manifest.extra["shard_rows"]
         self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
-        self._mapped: dict[int, npt.NDArray[Any]] = {}
-        self._locks = [threading.Lock() for _ in self.shard_rows]
+        self._mapped: OrderedDict[int, Tensor] = OrderedDict()
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in range(min(len(self.shard_rows), _OPEN))]
+        size = sum(f["bytes"] for f in self.manifest.files.values())
+        self._checks = size <= _CHECKED_BYTES
 
     @property
     def n_rows(self) -> int:
@@ -43,38 +52,75 @@ class Activations(Dataset):
     @cached_property
     def documents(self) -> pa.Table:
         """The documents, see `corpora.to_table`."""
-        return self.store.read_table("activations", self.key, "documents.parquet")
+        return self._documents()
+
+    def _documents(self, columns: list[str] | None = None) -> pa.Table:
+        tables = [
+            self.store.read_table("activations", self.key, documents_file(i), columns)
+            for i in range(len(self.shard_rows))
+        ]
+        for name in tables[0].column_names:
+            kinds = {t.schema.field(name).type for t in tables} - {pa.null()}
+            if len(kinds) > 1:  # texts in some shards, numbers alone in others
+                tables = [
+                    t.set_column(t.column_names.index(name), name, t[name].cast(pa.string()))
+                    for t in tables
+                ]
+        return pa.concat_tables(tables, promote_options="default")
+
+    @cached_property
+    def _sizes(self) -> pa.Table:
+        """Bucket and number of rows of each document."""
+        return self._documents(["bucket", "n_rows"])
 
     @cached_property
     def corpus(self) -> CorpusConfig:
         """Configuration of the corpus, which fixes the split."""
-        return CorpusConfig(**self.manifest.config["corpus"])
+        return from_dict(CorpusConfig, self.manifest.config["corpus"])
 
     @cached_property
-    def document_of_row(self) -> npt.NDArray[np.int32]:
-        """For each row, the index of its document."""
-        counts = self.documents["n_rows"].to_numpy()
-        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    def _starts(self) -> npt.NDArray[np.int64]:
+        """The first row of each document, and behind them the number of all rows."""
+        counts = self._sizes["n_rows"].to_numpy().astype(np.int64)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+    def documents_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """For each of the given rows, the index of its document."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
     def split_of_documents(self, split: corpora.Split) -> npt.NDArray[np.bool_]:
         """Which documents belong to a split."""
-        return corpora.split_masks(self.documents["bucket"].to_numpy(), self.corpus)[split]
+        return corpora.split_masks(self._sizes["bucket"].to_numpy(), self.corpus)[split]
 
-    def rows(self, split: corpora.Split) -> npt.NDArray[np.int64]:
+    def rows(self, split: corpora.Split) -> Rows:
         """Ascending global indices of the rows whose documents belong to a split."""
-        return np.flatnonzero(self.split_of_documents(split)[self.document_of_row])
+        mine = self.split_of_documents(split)
+        return Rows(self._starts[:-1][mine], np.diff(self._starts)[mine])
 
-    def shard(self, index: int) -> npt.NDArray[Any]:
-        """The rows [n, d_in] of one shard, memory-mapped; its checksum is compared on first use.
+    def shard(self, index: int) -> Tensor:
+        """The rows [n, d_in] of one shard as stored, memory-mapped. Its checksum is compared on first use, unless
+        there is so much that all of it would have to be read before training: `sparsemill store verify` does.
 
         Raises:
             CorruptArtefact: the file is missing, truncated or altered.
         """
-        with self._locks[index]:  # of several readers only one checks it
-            if index not in self._mapped:
-                path = self.store.local("activations", self.key, shard_file(index), verify=True)
-                self._mapped[index] = map_tensor(path, "x")
-            return self._mapped[index]
+        with self._lock:
+            if index in self._mapped:
+                self._mapped.move_to_end(index)
+                return self._mapped[index]
+        with self._locks[index % len(self._locks)]:  # of several readers only one checks it
+            with self._lock:
+                if index in self._mapped:
+                    return self._mapped[index]
+            check = self._checks and index not in self._checked
+            path = self.store.local("activations", self.key, shard_file(index), verify=check)
+            found = map_tensor(path, "x")
+            with self._lock:
+                self._checked.add(index)
+                self._mapped[index] = found
+                if len(self._mapped) > _OPEN:  # each takes a file descriptor
+                    self._mapped.popitem(last=False)
+            return found
 
     def provenance(self, index: int) -> pa.Table:
         """One line per row of a shard: doc_id, position, token_id, token_text."""
@@ -82,15 +128,16 @@ class Activations(Dataset):
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """The given global rows in the given order, as float32 [len(rows), d_in]."""
-        out = np.empty((len(rows), self.d_in), dtype=np.float32)
+        out = torch.empty(len(rows), self.d_in)
         ascending = np.argsort(rows)  # a shard is read from front to back
         bounds = np.searchsorted(rows[ascending], self.offsets)
         if bounds[-1] - bounds[0] != len(rows):
             raise IndexError(f"rows are numbered 0 to {self.n_rows - 1}")
         for index in np.flatnonzero(np.diff(bounds)).tolist():
             places = ascending[bounds[index] : bounds[index + 1]]
-            out[places] = self.shard(index)[rows[places] - self.offsets[index]]
-        return torch.from_numpy(out)
+            here = torch.from_numpy(rows[places] - self.offsets[index])
+            out[torch.from_numpy(places)] = self.shard(index)[here].float()
+        return out
 
     def column(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """A column of the documents, such as "label", for the given rows.
@@ -103,7 +150,7 @@ class Activations(Dataset):
                 f"the documents of activations/{self.key} have no column {name!r}: choose from "
                 f"{', '.join(self.documents.column_names)}"
             )
-        documents, place = np.unique(self.document_of_row[rows], return_inverse=True)
+        documents, place = np.unique(self.documents_of(rows), return_inverse=True)
         values: npt.NDArray[Any] = self.documents[name].take(documents).to_numpy()
         missing = documents[is_missing(values)]
         if len(missing):
@@ -119,54 +166,3 @@ class Activations(Dataset):
         index = int(np.searchsorted(self.offsets, row, side="right")) - 1
         path = self.store.path("activations", self.key, shard_file(index))
         return f"{path}, row {row - self.offsets[index]}"
-
-
-def shard_file(index: int) -> str:
-    """Name of a shard's array file."""
-    return f"shard-{index:05d}.safetensors"
-
-
-def provenance_file(index: int) -> str:
-    """Name of a shard's provenance table."""
-    return f"shard-{index:05d}.parquet"
-
-
-_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-
-def map_tensor(path: Path, name: str) -> npt.NDArray[Any]:
-    """One tensor of a safetensors file as a read-only array on the mapped file, nothing copied.
-
-    Raises:
-        CorruptArtefact: the file is not a readable safetensors file holding `name`.
-    """
-    try:
-        with path.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        header_bytes = int.from_bytes(mapped[:8], "little")
-        entry = json.loads(mapped[8 : 8 + header_bytes])[name]
-        flat = np.frombuffer(
-            mapped,
-            dtype=_DTYPES[entry["dtype"]],
-            count=int(np.prod(entry["shape"])),
-            offset=8 + header_bytes + entry["data_offsets"][0],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptArtefact(
-            f"{path} is not a readable shard ({type(error).__name__}): delete that file and run the same "
-            "command, which makes it again"
-        ) from error
-    return flat.reshape(entry["shape"])
-
-
-def row_statistics(sums: list[dict[str, npt.NDArray[np.float64]]], n_rows: int) -> dict[str, Any]:
-    """Mean, variance per input and mean norm over all rows, from the shards' float64 sums in order."""
-    total = {
-        name: np.sum([s[name] for s in sums], axis=0) for name in ("sum", "sum_sq", "norm_sum")
-    }
-    mean = total["sum"] / n_rows
-    return {
-        "mean": mean.tolist(),
-        "variance": (total["sum_sq"] / n_rows - np.square(mean)).tolist(),
-        "mean_norm": float(total["norm_sum"][0] / n_rows),
-    }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_ext.activations.dataset import Dataset
+from sae_ext.activations.order import Rows
 from sae_ext.errors import UserError
 
 _BATCH_ROWS = 4096
@@ -34,7 +35,7 @@ class DataStatistics(NamedTuple):
 
 
 def data_statistics(
-    data: Dataset, rows: npt.NDArray[np.int64], tick: Callable[[], None] = lambda: None
+    data: Dataset, rows: Rows, tick: Callable[[], None] = lambda: None
 ) -> DataStatistics:
     """Mean, mean norm and variance of the given rows in one pass.
 
@@ -64,7 +65,7 @@ def data_statistics(
 
 def geometric_median(
     data: Dataset,
-    rows: npt.NDArray[np.int64],
+    rows: Rows,
     *,
     seed: int,
     sample: int = 65_536,
@@ -88,7 +89,8 @@ def geometric_median(
         UserError: there are no rows, or some are not finite.
     """
     if len(rows) > sample:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
+        places = np.random.default_rng(seed).choice(len(rows), sample, replace=False)
+        rows = Rows.of(rows[np.sort(places)])
     batches = list(_finite_batches(data, rows, tick))
     y = sum((x.double().sum(dim=0) for x in batches), torch.zeros(data.d_in).double()) / len(rows)
     spread = sum(float((x.double() - y).norm(dim=1).sum()) for x in batches) / len(rows)
@@ -110,9 +112,7 @@ def geometric_median(
     return y.numpy()
 
 
-def _finite_batches(
-    data: Dataset, rows: npt.NDArray[np.int64], tick: Callable[[], None]
-) -> Iterator[Tensor]:
+def _finite_batches(data: Dataset, rows: Rows, tick: Callable[[], None]) -> Iterator[Tensor]:
     """The rows in order, float32; the error for rows that are not finite comes when all are counted."""
     if len(rows) == 0:
         raise UserError("there are no rows to take statistics of: give the split some")

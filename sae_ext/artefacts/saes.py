@@ -19,9 +19,11 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save as save_tensors
 
+from sae_ext import hosts
 from sae_ext.activations.reader import Activations
 from sae_ext.artefacts import Stage
 from sae_ext.config import SAEConfig, TrainConfig, from_dict, to_dict
+from sae_ext.corpora import STDLIB
 from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
@@ -192,14 +194,8 @@ def take_in(store: Store, sae: SAE, activations: str) -> tuple[Stage, dict[str, 
 def metadata(source: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
     """What SAELens wants to know about activations harvested with this configuration, and what was measured."""
     return {
-        "model_name": source["host"]["model"],
-        "model_class_name": "AutoModel",
-        "hook_name": f"residual_after_block_{source['host']['layer']}",
-        "hook_head_index": None,
-        "context_size": source["host"]["max_tokens"],
-        "prepend_bos": True,  # the host model always reads them; whether their rows are kept differs
-        "exclude_special_tokens": source["harvest"]["drop_special_tokens"],
-        "dataset_path": source["corpus"]["source"],
+        **hosts.from_content(source["host"]).described(),
+        "dataset_path": source["corpus"]["source"] or STDLIB,
         "activation_clip_rate": validation["clip_rate"],
         "l0": validation["l0"],
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_ext.activations.batches import BatchSource, BufferedRows, EpochRows, in_stored_order
 from sae_ext.activations.buffer import RingBuffer
 from sae_ext.activations.dataset import Dataset
+from sae_ext.activations.order import Rows
 from sae_ext.activations.statistics import DataStatistics, data_statistics, geometric_median
 from sae_ext.config import TrainConfig, to_dict
 from sae_ext.errors import UserError
@@ -49,8 +50,8 @@ class Prepared(NamedTuple):
     """What the runs on one dataset share."""
 
     data: Dataset
-    train_rows: npt.NDArray[np.int64]
-    validation_rows: npt.NDArray[np.int64]
+    train_rows: Rows
+    validation_rows: Rows
     statistics: DataStatistics
     centres: dict[str, Tensor]
     """Where b_dec may begin, raw units, float64 [d_in]."""
@@ -174,7 +175,7 @@ def _known_statistics(states: Sequence[State | None]) -> DataStatistics | None:
     return None
 
 
-def _values_of(data: Dataset, column: str, rows: npt.NDArray[np.int64]) -> list[str]:
+def _values_of(data: Dataset, column: str, rows: Rows) -> list[str]:
     """The different values of a column, as texts; a part of the rows at a time, which are many."""
     found: set[str] = set()
     for start in range(0, len(rows), _COLUMN_ROWS):
@@ -184,19 +185,21 @@ def _values_of(data: Dataset, column: str, rows: npt.NDArray[np.int64]) -> list[
     return sorted(found)
 
 
-def _check_weights(data: Dataset, column: str, rows: npt.NDArray[np.int64]) -> None:
+def _check_weights(data: Dataset, column: str, rows: Rows) -> None:
     """Row weights are numbers, none of them negative or infinite."""
-    given = data.column(column, rows)
-    if given.dtype.kind not in "iufb":
-        raise UserError(f"column {column!r} holds texts, but weights are wanted: give numbers")
-    with np.errstate(over="ignore"):
-        weights = given.astype(np.float32)
-    bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
-    if len(bad):
-        raise UserError(
-            f"column {column!r} holds {given[bad[0]]} for {data.where(int(rows[bad[0]]))}: weights must be "
-            "finite and 0 or more"
-        )
+    for start in range(0, len(rows), _COLUMN_ROWS):
+        here = rows[start : start + _COLUMN_ROWS]
+        given = data.column(column, here)
+        if given.dtype.kind not in "iufb":
+            raise UserError(f"column {column!r} holds texts, but weights are wanted: give numbers")
+        with np.errstate(over="ignore"):
+            weights = given.astype(np.float32)
+        bad = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+        if len(bad):
+            raise UserError(
+                f"column {column!r} holds {given[bad[0]]} for {data.where(int(here[bad[0]]))}: weights must be "
+                "finite and 0 or more"
+            )
 
 
 def _from_first(content: bytes | None, place: Place) -> bytes | None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae_ext.activations.dataset import Dataset
+from sae_ext.activations.order import Rows
 from sae_ext.architectures.base import four
 from sae_ext.config import SAEConfig, TrainConfig
 from sae_ext.errors import Diverged, Stopped, UserError
@@ -186,8 +187,11 @@ class _Run:
         self._lines: list[Line] = []
         self._events: list[Event] = []
         self._best: _Best | None = None
-        rows = np.random.default_rng(self.config.order_seed).permutation(prepared.validation_rows)
-        self._check_rows = np.sort(rows[:VALIDATION_ROWS])
+        rows = prepared.validation_rows
+        places = np.random.default_rng(self.config.order_seed).choice(
+            len(rows), min(VALIDATION_ROWS, len(rows)), replace=False
+        )
+        self._check_rows = Rows.of(rows[np.sort(places)])
         # One that goes on has its b_dec already.
         centre = prepared.centres.get(job.sae.b_dec, prepared.centres["mean"]) * self.scale
         self.learner.begin(self._data.d_in, centre)
@@ -297,7 +301,7 @@ class _Run:
     # -- inside ----------------------------------------------------------------------------------
 
     def _evaluated(
-        self, sae: SAE, rows: npt.NDArray[np.int64], tick: Callable[[], None] = lambda: None
+        self, sae: SAE, rows: Rows, tick: Callable[[], None] = lambda: None
     ) -> ReconstructionSums:
         """Sums over some rows, computed where the training is; of several workers by the first alone."""
         if self._place.share[0] != 0:
@@ -365,8 +369,8 @@ class _Run:
     def _candidates(self, count: int, seed: int) -> Tensor:
         """Random scaled rows of the training split [count, d_in]."""
         rows = self._prepared.train_rows
-        chosen = np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False)
-        return self._data.gather(np.sort(chosen)).to(self._place.device) * self.scale
+        places = np.random.default_rng(seed).choice(len(rows), min(count, len(rows)), replace=False)
+        return self._data.gather(rows[np.sort(places)]).to(self._place.device) * self.scale
 
     def _validate(self, line: Line) -> None:
         sae = self.learner.sae(self.scale)
@@ -473,9 +477,7 @@ def _stopping(stop: Callable[[], bool], step: int, place: Place) -> bool:
     return bool(asked)
 
 
-def _ticking(
-    data: Dataset, rows: npt.NDArray[np.int64], tick: Callable[[], None]
-) -> Generator[Tensor, None, None]:
+def _ticking(data: Dataset, rows: Rows, tick: Callable[[], None]) -> Generator[Tensor, None, None]:
     for x in data.in_order(rows, EVALUATION_BATCH):
         tick()
         yield x

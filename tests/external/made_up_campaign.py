@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-from safetensors.numpy import save
+import torch
 
-from sae_ext.activations.harvest import Plan, ShardData, Unit
+from sae_ext.activations.harvest import Shard, provenance_table, row_sums
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import analyse_shard
 from sae_ext.architectures import ReLU
@@ -16,13 +15,14 @@ from sae_ext.config import (
     AnalyseConfig,
     CorpusConfig,
     HarvestConfig,
-    HostConfig,
     InterpretConfig,
     SAEConfig,
     TrainConfig,
     to_dict,
 )
-from sae_ext.corpora import Document
+from sae_ext.corpora import Document, Harvested, to_table
+from sae_ext.hosts import Found, Transformer
+from sae_ext.hosts.base import placed
 from sae_ext.interpret.run import interpret_features
 from sae_ext.schedules import Schedule
 from sae_ext.store import Store
@@ -66,35 +66,21 @@ def commit_campaign(store: Store) -> str:
 
 def commit_activations(store: Store) -> Activations:
     """One shard of rows far from unit scale, each a sum of a few fixed directions."""
-    x = _rows()
-    exact = x.astype(np.float64)
-    arrays = {
-        "x": x,
-        "sum": exact.sum(axis=0),
-        "sum_sq": np.square(exact).sum(axis=0),
-        "norm_sum": np.linalg.norm(exact, axis=1).sum(keepdims=True),
-    }
-    position = np.tile(np.arange(_ROWS_EACH, dtype=np.int32), _DOCUMENTS)
-    provenance = pa.table(
-        {
-            "doc_id": np.repeat([f"d{i}" for i in range(_DOCUMENTS)], _ROWS_EACH).tolist(),
-            "position": position,
-            "token_id": position,
-            "token_text": [f"t{p}" for p in position.tolist()],
-        }
-    )
+    rows = torch.from_numpy(_rows())
+    documents = [Document(f"d{i}", f"text number {i}", "") for i in range(_DOCUMENTS)]
+    counts = np.full(_DOCUMENTS, _ROWS_EACH, dtype=np.int64)
+    position = placed(counts)
+    found = Found(rows, counts, position, position, [f"t{p}" for p in position.tolist()], {})
     config = {
         "corpus": to_dict(_CORPUS),
-        "host": to_dict(HostConfig(model=MODEL)),
+        "host": to_dict(Transformer(model=MODEL)),
         "harvest": to_dict(HarvestConfig(dtype="float32")),
     }
-    stage = Stage(activations.KIND, config, {"corpus": "made-up", "model": MODEL})
-    unit = Unit(0, 0, _DOCUMENTS, len(x))
-    plan = Plan([_ROWS_EACH] * _DOCUMENTS, [unit])
-    documents = [Document(f"d{i}", f"text number {i}", "") for i in range(_DOCUMENTS)]
-    activations.put_documents(store, stage.key, documents, plan)
-    activations.put_unit(store, stage.key, unit, ShardData(save(arrays), provenance))
-    activations.commit(store, stage, plan, {})
+    stage = Stage(activations.KIND, config, {"corpus": "made-up", "host": MODEL})
+    table = to_table(documents, [Harvested(_ROWS_EACH)] * _DOCUMENTS, _CORPUS)
+    shard = Shard(rows, row_sums(rows), provenance_table(documents, found), table)
+    activations.put(store, stage.key, 0, shard)
+    activations.commit(store, stage, 1, {})
     return Activations(store, stage.key)
 
 

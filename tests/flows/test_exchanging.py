@@ -13,12 +13,11 @@ import torch
 from flows import recipe as recipes
 from flows import stages
 from flows.cli import command_line
-from sae_ext.activations.harvest import harvest_unit
+from sae_ext.activations.harvest import harvest_unit, parts
 from sae_ext.activations.reader import Activations
 from sae_ext.architectures import ReLU, TopK
 from sae_ext.artefacts import activations, saes
 from sae_ext.config import SAEConfig, with_changes
-from sae_ext.host import Host
 from sae_ext.interchange import dictionary_learning, saelens
 from sae_ext.model import SAE
 from sae_ext.ops import Parameters
@@ -74,13 +73,12 @@ def original(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, one_th
     recipe = recipes.parse({**RECIPE, "corpus": corpus})
     store = Store.open(str(url), writable=True)
     source = stages.of_activations(recipe)
-    documents, plan = stages.planned_harvest(recipe, source.key)
-    host = Host.load(recipe.host)
-    activations.put_documents(store, source.key, documents, plan)
-    for unit in plan.units:
-        data = harvest_unit(host, documents[unit.start : unit.stop], recipe.harvest)
-        activations.put_unit(store, source.key, unit, data)
-    activations.commit(store, source, plan, {})
+    plan = list(parts(recipe.host.documents(recipe.corpus), recipe.harvest))
+    host = recipe.host.open()
+    for unit, documents in plan:
+        (shard,) = harvest_unit(host, documents, recipe.harvest, recipe.corpus)
+        activations.put(store, source.key, unit.number, shard)
+    activations.commit(store, source, len(plan), {})
     made = {}
     for name, kind in KINDS.items():
         sae = SAEConfig(d_sae=64, architecture=kind)
@@ -195,9 +193,9 @@ def test_an_sae_taken_in_stands_in_the_list_can_be_shown_and_leaves_again(capsys
     again = ("import", tmp_path / "there", "--activations", made.rows)
     key = imported(done(capsys, made, *again))
     assert imported(done(capsys, made, *again)) == key
-    (line,) = (x for x in done(capsys, made, "ls", "saes").splitlines() if key in x)
+    (line,) = (x for x in done(capsys, made, "store", "ls", "saes").splitlines() if key in x)
     assert "imported, FVU" in line
-    assert made.rows in done(capsys, made, "show", key)
+    assert made.rows in done(capsys, made, "store", "show", key)
     done(capsys, made, "export", key, "--out", tmp_path / "again")
     first, second = (saelens.read(tmp_path / n).parameters.tensors() for n in ("there", "again"))
     assert all(torch.equal(second[part], first[part]) for part in first)

@@ -15,6 +15,7 @@ from flows.recipe import Recipe, Resources, changed, load, parse, replaced, to_y
 from sae_ext.architectures import AnyArchitecture, TopK
 from sae_ext.config import TrainConfig, TuneConfig
 from sae_ext.errors import UserError
+from sae_ext.hosts import AnyHost
 from sae_ext.schedules import Schedule
 from sae_ext.training.config import RevivalConfig
 from sae_ext.training.terms import AuxK
@@ -36,7 +37,7 @@ class Place(NamedTuple):
 
 
 def configs(hint: Any) -> list[type]:
-    found = [hint] if is_dataclass(hint) else []
+    found = [hint] if isinstance(hint, type) and is_dataclass(hint) else []
     return [*found, *(inner for part in get_args(hint) for inner in configs(part))]
 
 
@@ -44,7 +45,8 @@ def places(path: tuple[str, ...], kind: type, tag: str | None = None) -> Iterato
     """Every field of a section and of those in it; of schedules, the learning rate's stands for all."""
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
-        here, inner = (*path, field.name), configs(hints[field.name])
+        several = get_origin(hints[field.name]) is tuple  # a list of sections is one value
+        here, inner = (*path, field.name), [] if several else configs(hints[field.name])
         if inner and (Schedule not in inner or field.name == "lr_schedule"):
             for config in inner:
                 yield from places(here, config, tag or (config.kind if len(inner) > 1 else None))
@@ -52,8 +54,10 @@ def places(path: tuple[str, ...], kind: type, tag: str | None = None) -> Iterato
             yield Place(here, hints[field.name], field.default, tag)
 
 
+HOSTS = {kind.kind: kind for kind in configs(AnyHost)}
 FIELDS = [
     *(place for section, kind in SECTIONS.items() for place in places((section,), kind)),
+    *(place for kind, host in HOSTS.items() for place in places(("host",), host, kind)),
     *(
         Place(
             ("resources", name), get_type_hints(Resources, include_extras=True)[name], info.default
@@ -64,7 +68,15 @@ FIELDS = [
 # Values for fields whose type and default do not show what else they may hold.
 OTHER: dict[str, Any] = {
     "corpus.source": "texts.jsonl",
-    "harvest.shard_mb": 0.5,
+    "corpus.columns": ["age"],
+    "corpus.split_by": "label",
+    "host.site.transformer": "attention",
+    "host.long.transformer": "windows",
+    "host.also.transformer": [{"layer": 1, "site": "mlp", "module": None}],
+    "host.build.module": "mine.model:load",
+    "host.collate.module": "mine.model:collate",
+    "host.options.module": {"width": 3.0},
+    "harvest.unit_kb": 0.5,
     "interpret.backend": "openai",
     "interpret.base_url": "http://127.0.0.1:8000/v1",
     "resources.ray_address": "head:6379",
@@ -88,6 +100,7 @@ TERMS: dict[str, str] = {"l0": "jumprelu", "reward": "gated", "auxk": "topk"} | 
 )
 # What a recipe must say so that the field may be there at all.
 NEEDED: dict[str, dict[str, Any]] = {
+    "host.overlap.transformer": {"host": {"long": "windows"}},
     "sae.output": {"train": {"scale": "none"}},
     "train.lr_schedule.final": {"train": {"lr_schedule": {"kind": "linear"}}},
     "train.lr_schedule.initial": {"train": {"lr_schedule": {"warmup_steps": 9}}},
@@ -148,9 +161,18 @@ def of_kind(kind: str) -> dict[str, Any]:
     return merged({"sae": {"architecture": {"kind": kind}}}, KINDS.get(kind, {}))
 
 
+HOST_NEEDS: dict[str, dict[str, Any]] = {
+    "module": {"build": "a.b:c", "collate": "a.b:d", "hook": "e"},
+    "embeddings": {"file": "rows.npy"},
+}
+
+
 def around(place: Place) -> dict[str, Any]:
     """A recipe in which that field may stand."""
     content = {"name": "n"}
+    if place.path[0] == "host":
+        needs = {"kind": place.kind, **HOST_NEEDS.get(place.kind or "", {})}
+        return merged({**content, "host": needs}, NEEDED.get(str(place), {}))
     kind = place.kind or TERMS.get(place.path[2]) if len(place.path) > 2 else None
     if kind is not None:
         content = merged(content, of_kind(kind))
@@ -163,6 +185,7 @@ def around(place: Place) -> dict[str, Any]:
 def leaves(content: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if not isinstance(content, dict) or path[-1:] in [
         ("class_weights",),
+        ("options",),
         ("schedule",),
         ("anneal",),
     ]:
@@ -290,7 +313,7 @@ def test_a_recipe_cannot_be_changed_in_place():
         ({"resources": {"worker": 1}}, "'resources.worker': did you mean 'resources.workers'?"),
         (
             {"host": {"xyzzy": 1}},
-            "unknown key 'host.xyzzy': known here are model, layer, max_tokens",
+            "unknown key 'host.xyzzy': known here are layer, site, module, kind, model",
         ),
         (
             {"sae": {"architecture": {"kind": "relu", "clipp": 3}}},
@@ -345,7 +368,7 @@ def test_an_unknown_key_is_told_before_a_wrong_value():
         ({"train": {"steps": 2.5}}, "train.steps: .*integer"),
         ({"train": {"lr": [1]}}, "train.lr: .*number"),
         ({"train": 3}, "train: .* got 3"),
-        ({"harvest": {"dtype": "float8"}}, "harvest.dtype: .*'float16' or 'float32'"),
+        ({"harvest": {"dtype": "float8"}}, "harvest.dtype: .*'float16', 'bfloat16' or 'float32'"),
         ({"tune": {"lr": 1e-3}}, "tune.lr"),
         ({"tune": {"lr": [1e-3]}}, r"tune\.lr"),
         ({"resources": {"workers": 0}}, "resources.workers: .*greater than or equal to 1"),
@@ -480,7 +503,7 @@ def test_a_missing_name_is_told():
         ),
         (
             {"resources": {"train_gpus": 1.5}},
-            "resources.train_gpus must be at most 1, got 1.5: for an SAE on several GPUs set train_workers",
+            "resources.train_gpus must be at most 1, got 1.5: to use several GPUs set train_workers",
         ),
         ({"tune": {"seed": 1, "l0_band": [2.0, 1.0]}}, "tune.l0_band must be [low, high]"),
         ({"tune": {"trials": 3}}, "tune.initial_trials must be"),

@@ -124,6 +124,7 @@ ELSEWHERE = {
     "cpus_per_worker": 2,
     "train_cpus": 3,
     "train_gpus": 0.5,
+    "harvest_gpus": 0.5,
     "train_workers": 4,
     "train_readers": 0,
     "tensorboard": "runs",

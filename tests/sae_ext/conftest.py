@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.numpy import save
 
-from sae_ext import corpora
-from sae_ext.activations.harvest import Plan, ShardData, Unit, harvest_unit
-from sae_ext.activations.harvest import plan as make_plan
+from sae_ext.activations.harvest import (
+    Shard,
+    harvest_unit,
+    parts,
+    provenance_table,
+    row_sums,
+)
 from sae_ext.activations.reader import Activations
 from sae_ext.analysis import analyse_shard
 from sae_ext.architectures import ReLU
@@ -34,14 +36,15 @@ from sae_ext.config import (
     AnalyseConfig,
     CorpusConfig,
     HarvestConfig,
-    HostConfig,
     InterpretConfig,
     SAEConfig,
     TrainConfig,
     to_dict,
 )
-from sae_ext.corpora import Document
-from sae_ext.host import Host, load_tokenizer, resolve, width
+from sae_ext.corpora import Document, Harvested, to_table
+from sae_ext.hosts import Found, Transformer
+from sae_ext.hosts.base import placed
+from sae_ext.hosts.transformer import TransformerHost
 from sae_ext.interpret.run import interpret_features
 from sae_ext.schedules import Schedule
 from sae_ext.store import Store
@@ -84,9 +87,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def host() -> Host:
-    """The real encoder, loaded once; for another layer, `Host(model, tokenizer, config)`."""
-    return Host.load(HostConfig(layer=2, max_tokens=24))
+def host() -> TransformerHost:
+    """The real encoder, loaded once; for another layer, `TransformerHost(model, tokenizer, config)`."""
+    return Transformer(layer=2, max_tokens=24).open()
 
 
 @pytest.fixture(scope="session")
@@ -102,15 +105,6 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"id": f"{label}-{number}", "text": f"{text} {number}", "label": label})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def row_sums(x: np.ndarray) -> dict[str, np.ndarray]:
-    exact = x.astype(np.float64)
-    return {
-        "sum": exact.sum(axis=0),
-        "sum_sq": np.square(exact).sum(axis=0),
-        "norm_sum": np.linalg.norm(exact, axis=1).sum(keepdims=True),
-    }
 
 
 @pytest.fixture(scope="session")
@@ -132,37 +126,29 @@ def put_activations() -> Callable[..., Activations]:
         texts = texts or [f"text number {i}" for i in range(n)]
         labels = labels or [""] * n
         documents = [Document(f"d{i}", texts[i], labels[i]) for i in range(n)]
+        corpus = corpus or CorpusConfig(source="made-up.jsonl")
         config = {
-            "corpus": vars(corpus or CorpusConfig(source="made-up.jsonl")),
-            "host": vars(HostConfig()),
-            "harvest": vars(HarvestConfig(dtype=str(x.dtype))),
+            "corpus": to_dict(corpus),
+            "host": to_dict(Transformer()),
+            "harvest": to_dict(HarvestConfig(dtype=str(x.dtype))),
         }
         content = {"rows": str(zlib.crc32(x.tobytes())), "per_shard": str(documents_per_shard)}
         stage = Stage(activations.KIND, config, content)
-        units: list[Unit] = []
-        for start in range(0, n, documents_per_shard):
-            stop = min(start + documents_per_shard, n)
-            units.append(Unit(len(units), start, stop, sum(rows_of_document[start:stop])))
-        plan = Plan(list(rows_of_document), units)
-        activations.put_documents(store, stage.key, documents, plan)
-        first = 0
-        for unit in units:
-            part = x[first : first + unit.rows]
-            first += unit.rows
-            counts = rows_of_document[unit.start : unit.stop]
-            position = np.concatenate([np.arange(c, dtype=np.int32) for c in counts])
-            names = np.repeat([f"d{i}" for i in range(unit.start, unit.stop)], counts)
-            provenance = pa.table(
-                {
-                    "doc_id": pa.array(names.tolist(), pa.string()),
-                    "position": position,
-                    "token_id": position,
-                    "token_text": pa.array([f"t{p}" for p in position.tolist()], pa.string()),
-                }
+        first, starts = 0, range(0, n, documents_per_shard)
+        for number, start in enumerate(starts):
+            counts = np.array(rows_of_document[start : start + documents_per_shard])
+            rows = torch.from_numpy(np.ascontiguousarray(x[first : first + counts.sum()]))
+            first += len(rows)
+            position = placed(counts)
+            names = [f"t{p}" for p in position.tolist()]
+            found = Found(rows, counts, position, position, names, {})
+            mine = documents[start : start + documents_per_shard]
+            fate = [Harvested(c) for c in counts.tolist()]
+            shard = Shard(
+                rows, row_sums(rows), provenance_table(mine, found), to_table(mine, fate, corpus)
             )
-            data = ShardData(save({"x": np.ascontiguousarray(part), **row_sums(part)}), provenance)
-            activations.put_unit(store, stage.key, unit, data)
-        activations.commit(store, stage, plan, {})
+            activations.put(store, stage.key, number, shard)
+        activations.commit(store, stage, len(starts), {})
         return Activations(store, stage.key)
 
     return put
@@ -187,7 +173,7 @@ class Configs:
     """Everything a tiny campaign is a function of."""
 
     corpus: CorpusConfig
-    host: HostConfig
+    host: Transformer
     harvest: HarvestConfig
     sae: SAEConfig
     train: TrainConfig
@@ -207,20 +193,16 @@ class Pipeline:
         return self.stages[kind].key
 
 
-def run_pipeline(root: Path, configs: Configs, host: Host) -> Pipeline:
+def run_pipeline(root: Path, configs: Configs, host: TransformerHost) -> Pipeline:
     """Every stage, in order, as the workers and the driver would do it."""
     store = Store.open(str(root), writable=True)
-    folder = resolve(configs.host.model)
-    documents = corpora.load(configs.corpus)
-    first = activations.stage(configs.corpus, configs.host, configs.harvest)
-    d_in = width(folder, configs.host.layer)
-    plan = make_plan(documents, load_tokenizer(folder), configs.host, configs.harvest, d_in)
-    activations.put_documents(store, first.key, documents, plan)
-    reading = Host(host.model, host.tokenizer, configs.host)
-    for unit in activations.missing_units(store, first.key, plan):
-        data = harvest_unit(reading, documents[unit.start : unit.stop], configs.harvest)
-        activations.put_unit(store, first.key, unit, data)
-    activations.commit(store, first, plan, {"computing": 1.0})
+    (first,) = activations.stages(configs.corpus, configs.host, configs.harvest)
+    reading = TransformerHost(host.model, host.tokenizer, configs.host)
+    plan = list(parts(configs.host.documents(configs.corpus), configs.harvest))
+    for unit, documents in plan:
+        (shard,) = harvest_unit(reading, documents, configs.harvest, configs.corpus)
+        activations.put(store, first.key, unit.number, shard)
+    activations.commit(store, first, len(plan), {"computing": 1.0})
 
     second = saes.stage(configs.sae, configs.train, first.key)
     exhaust(saes.train_and_commit(store, [second]))
@@ -250,11 +232,13 @@ def run_pipeline(root: Path, configs: Configs, host: Host) -> Pipeline:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: Host) -> Pipeline:
+def pipeline(
+    tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: TransformerHost
+) -> Pipeline:
     configs = Configs(
         corpus=CorpusConfig(source=str(corpus_file), validation_percent=20, test_percent=30),
-        host=HostConfig(layer=2, max_tokens=24),
-        harvest=HarvestConfig(shard_mb=0.4, batch_tokens=512),
+        host=Transformer(layer=2, max_tokens=24, batch_tokens=512),
+        harvest=HarvestConfig(unit_kb=2),
         sae=SAEConfig(d_sae=64, architecture=ReLU(clip=30.0)),
         train=TrainConfig(
             steps=120,
@@ -271,6 +255,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, host: 
 
 
 @pytest.fixture(scope="session")
-def run_again() -> Callable[[Path, Configs, Host], Pipeline]:
+def run_again() -> Callable[[Path, Configs, TransformerHost], Pipeline]:
     """The pipeline from nothing in another store."""
     return run_pipeline

@@ -172,7 +172,9 @@ def test_values_beyond_the_histogram_fall_in_its_end_bins(value, place):
 
 
 def test_the_top_label_has_the_largest_share_of_the_firings(table, activations, z):
-    labels = np.array(activations.documents["label"].to_pylist())[activations.document_of_row]
+    labels = np.array(activations.documents["label"].to_pylist())[
+        activations.documents_of(np.arange(activations.n_rows))
+    ]
     for feature in range(D_SAE):
         if feature != NEVER:
             of_firing = labels[z[:, feature] > 0]

@@ -12,8 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 
-from sae_ext.activations.harvest import Plan, Unit
-from sae_ext.activations.reader import Activations, provenance_file, shard_file
+from sae_ext.activations.reader import Activations
+from sae_ext.activations.shards import (
+    documents_file,
+    provenance_file,
+    shard_file,
+    unit_file,
+)
 from sae_ext.architectures import ReLU, TopK
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
 from sae_ext.artefacts.trials import PENALTY, objective
@@ -21,7 +26,6 @@ from sae_ext.config import (
     AnalyseConfig,
     CorpusConfig,
     HarvestConfig,
-    HostConfig,
     InterpretConfig,
     SAEConfig,
     TrainConfig,
@@ -29,6 +33,7 @@ from sae_ext.config import (
     with_changes,
 )
 from sae_ext.errors import CorruptArtefact, Stopped, UserError
+from sae_ext.hosts import Hook, Transformer
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
 from sae_ext.schedules import Schedule
@@ -94,7 +99,7 @@ def test_the_same_campaign_in_another_store_has_the_same_keys_and_the_same_bytes
 
 PARTS = {
     "corpus": CorpusConfig,
-    "host": HostConfig,
+    "host": Transformer,
     "harvest": HarvestConfig,
     "sae": SAEConfig,
     "train": TrainConfig,
@@ -118,7 +123,7 @@ def keys_of(tmp_path):
             name: kind(**{**known.get(name, {}), **changes.get(name, {})})
             for name, kind in PARTS.items()
         }
-        first = activations.stage(c["corpus"], c["host"], c["harvest"]).key
+        first = activations.stages(c["corpus"], c["host"], c["harvest"])[0].key
         search = trials.stage(c["sae"], c["train"], c["tune"], first).key
         sae = saes.stage(c["sae"], c["train"], first).key
         analysis = features.stage(c["analyse"], first, sae).key
@@ -146,7 +151,9 @@ AFTER_SAE = {"saes", "features", "interpretations", "campaigns"}
         ("host", {"layer": 1}, AFTER_ACTIVATIONS),
         ("host", {"max_tokens": 9}, AFTER_ACTIVATIONS),
         ("harvest", {"dtype": "float32"}, AFTER_ACTIVATIONS),
-        ("harvest", {"drop_special_tokens": False}, AFTER_ACTIVATIONS),
+        ("harvest", {"unit_kb": 9}, AFTER_ACTIVATIONS),
+        ("host", {"drop_special": False}, AFTER_ACTIVATIONS),
+        ("host", {"also": (Hook(layer=1),)}, set()),
         ("sae", {"d_sae": 7}, {*AFTER_SAE, "trials"}),
         ("sae", {"architecture": ReLU(clip=7.0)}, {*AFTER_SAE, "trials"}),
         ("sae", {"architecture": TopK(k=7)}, {*AFTER_SAE, "trials"}),
@@ -190,10 +197,20 @@ def test_a_changed_text_or_weight_moves_everything(keys_of, tmp_path):
 
 
 def test_a_key_needs_the_corpus_and_the_model(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        activations.stage(
-            CorpusConfig(source=str(tmp_path / "none.jsonl")), HostConfig(), HarvestConfig()
+    with pytest.raises(UserError, match="there is no file"):
+        activations.stages(
+            CorpusConfig(source=str(tmp_path / "none.jsonl")), Transformer(), HarvestConfig()
         )
+
+
+def test_another_place_of_the_same_pass_has_the_key_it_has_alone():
+    corpus, harvest = CorpusConfig(), HarvestConfig()
+    both = activations.stages(corpus, Transformer(also=(Hook(layer=1, site="mlp"),)), harvest)
+    alone = [
+        *activations.stages(corpus, Transformer(), harvest),
+        *activations.stages(corpus, Transformer(layer=1, site="mlp"), harvest),
+    ]
+    assert [s.key for s in both] == [s.key for s in alone]
 
 
 # -- activations ---------------------------------------------------------------------------------
@@ -214,12 +231,11 @@ def test_the_manifest_of_the_activations_tells_their_shape(pipeline):
 def test_only_the_shards_that_miss_a_file_are_to_be_made(copied):
     key = copied.key("activations")
     n = len(copied.store.manifest("activations", key).extra["shard_rows"])
-    plan = Plan([], [Unit(i, 0, 0, 0) for i in range(n)])
-    assert activations.missing_units(copied.store, key, plan) == []
-    copied.store.remove("activations", key, shard_file(0))
-    copied.store.remove("activations", key, provenance_file(2))
-    missing = activations.missing_units(copied.store, key, plan)
-    assert [unit.number for unit in missing] == [0, 2]
+    assert n > 4
+    assert activations.made(copied.store, key) == set(range(n))
+    for number, file in enumerate((shard_file, provenance_file, documents_file, unit_file)):
+        copied.store.remove("activations", key, file(number))
+    assert activations.made(copied.store, key) == set(range(4, n))
 
 
 # -- SAEs ----------------------------------------------------------------------------------------
@@ -577,7 +593,7 @@ def test_artefacts_of_the_training_before_this_one_are_not_taken_for_new_ones(ki
         }
         return stages[kind].key
 
-    assert STAGE_VERSIONS[kind] == 2
+    assert STAGE_VERSIONS[kind] == 3
     now = key()
     monkeypatch.setitem(STAGE_VERSIONS, kind, 1)
     assert key() != now

@@ -154,24 +154,6 @@ def test_so_many_batches_are_read_ahead_and_no_more(readers, ahead):
         assert data.calls == 1 + ahead
 
 
-def test_only_the_first_epochs_order_is_made_while_a_step_waits(monkeypatch):
-    made = {}
-    permute = EpochRows._permute
-
-    def recorded(self, epoch):
-        made[epoch] = threading.current_thread() is threading.main_thread()
-        return permute(self, epoch)
-
-    monkeypatch.setattr(EpochRows, "_permute", recorded)
-    with EpochRows(NUMBERED, np.arange(40), 6, 0) as source:
-        seen(source, 2)
-        assert made == {0: True}  # the next one is not held in the first half
-        seen(source, 24)
-    assert made.pop(0)
-    assert len(made) >= 3
-    assert not any(made.values())
-
-
 @pytest.mark.parametrize("readers", [0, 1, 3])
 @pytest.mark.parametrize("failure", [1, 2, 5])
 def test_an_error_while_reading_is_raised_and_the_batch_is_not_lost(readers, failure):

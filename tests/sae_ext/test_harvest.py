@@ -1,6 +1,11 @@
+"""How a corpus is cut into units, and what a unit gives."""
+
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
+import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load
 
 from sae_ext import corpora
-from sae_ext.activations.harvest import harvest_unit, length_buckets, plan
-from sae_ext.config import CorpusConfig, HarvestConfig, HostConfig
-from sae_ext.corpora import Document
+from sae_ext.activations.harvest import Shard, harvest_unit, parts, row_sums, size_of, units
+from sae_ext.config import CorpusConfig, HarvestConfig
+from sae_ext.corpora import Document, Rejected
 from sae_ext.errors import UserError
-from sae_ext.host import Host
+from sae_ext.hosts import Transformer
+from sae_ext.hosts.transformer import TransformerHost
 
-D_IN = 384
+CORPUS = CorpusConfig(source="made-up.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -25,81 +30,90 @@ def documents(corpus_file: Path) -> list[Document]:
     return corpora.load(CorpusConfig(source=str(corpus_file), limit=40))
 
 
-def rows_of(host: Host, documents: list[Document], config: HarvestConfig) -> np.ndarray:
-    return load(harvest_unit(host, documents, config).activations)["x"]
+def made(
+    host: TransformerHost, documents: list[Document | Rejected], dtype: str = "float32", **host_: object
+) -> Shard:  # fmt: skip
+    config = Transformer(**{"layer": 2, "max_tokens": 24, **host_})
+    reading = TransformerHost(host.model, host.tokenizer, config)
+    (shard,) = harvest_unit(reading, documents, HarvestConfig(dtype=dtype), CORPUS)
+    return shard
 
 
-def cut(host: Host, documents: list[Document], **values: object):
-    config = HarvestConfig(**values)
-    return plan(documents, host.tokenizer, host.config, config, D_IN)
+# -- units ---------------------------------------------------------------------------------------
 
 
-# -- the plan ------------------------------------------------------------------------------------
+@given(st.lists(st.integers(0, 3000), max_size=60), st.sampled_from([0.001, 0.5, 1.0, 4.0, 1000.0]))
+def test_units_hold_every_document_once_and_in_order_and_are_as_full_as_they_may(sizes, unit_kb):
+    limit = unit_kb * 1024
+    found = list(units(sizes, HarvestConfig(unit_kb=unit_kb)))
+    assert [u.number for u in found] == list(range(len(found)))
+    covered = [d for u in found for d in range(u.start, u.stop)]
+    assert covered == list(range(len(sizes) if sum(sizes) else 0))
+    for unit, following in itertools.pairwise(found):
+        assert unit.size == sum(sizes[unit.start : unit.stop]) > 0
+        assert unit.size + sizes[following.start] > limit
+    for unit in found:
+        first = next(d for d in range(unit.start, unit.stop) if sizes[d])
+        assert unit.size <= max(limit, sizes[first])
 
 
-@pytest.mark.parametrize("shard_mb", [0.02, 0.1, 256.0])
-def test_the_shards_hold_every_document_once_and_in_order(host, documents, shard_mb):
-    rows, units = cut(host, documents, shard_mb=shard_mb)
-    covered = [d for unit in units for d in range(unit.start, unit.stop)]
-    assert covered == list(range(len(documents)))
-    assert [unit.number for unit in units] == list(range(len(units)))
-    for unit in units:
-        assert unit.rows == sum(rows[unit.start : unit.stop]) > 0
+def test_the_documents_of_a_unit_come_with_it(documents):
+    config = HarvestConfig(unit_kb=0.5)
+    everything = [*documents[:7], Rejected("here", "empty", "nothing"), *documents[7:]]
+    plan = list(units(map(size_of, everything), config))
+    found = list(parts(iter(everything), config))
+    assert [unit for unit, _ in found] == plan
+    assert len(plan) > 3
+    assert [d for _, mine in found for d in mine] == everything
+    assert all(mine == everything[unit.start : unit.stop] for unit, mine in found)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("float16", 2), ("float32", 4)])
-def test_a_shard_is_as_full_as_its_size_allows(host, documents, dtype, width):
-    limit = 0.1 * 2**20 / (D_IN * width)
-    rows, units = cut(host, documents, shard_mb=0.1, dtype=dtype)
-    assert len(units) > 1
-    assert all(unit.rows <= limit for unit in units)
-    for unit, following in pairwise(units):
-        assert unit.rows + rows[following.start] > limit
+def test_what_comes_behind_a_corpus_changes_none_of_the_units_before(documents):
+    config = HarvestConfig(unit_kb=0.5)
+    plan = list(units(map(size_of, documents), config))
+    fewer = list(units(map(size_of, documents[:-3]), config))
+    assert len(fewer) > 1
+    assert fewer[:-1] == plan[: len(fewer) - 1]
 
 
-def test_a_document_larger_than_a_shard_has_one_to_itself(host, documents):
-    _, units = cut(host, documents, shard_mb=1e-6)
-    assert [unit.stop - unit.start for unit in units] == [1] * len(documents)
+def test_a_text_is_measured_by_its_bytes_and_a_row_without_one_as_a_token():
+    assert size_of(Document("a", "数", "")) == 3
+    assert size_of(Document("a", "", "")) == 4
+    assert size_of(Rejected("here", "empty", "")) == 0
 
 
-def test_the_plan_counts_the_rows_that_are_made(host, documents):
-    rows, _ = cut(host, documents)
-    counted = [len(rows_of(host, [d], HarvestConfig())) for d in documents[:5]]
-    assert rows[:5] == counted
+def test_a_hundred_thousand_shards_are_planned_in_little_memory():
+    """3.3 billion tokens of English, at the default a shard of 256 MB each where activations are 4096 wide."""
+    import tracemalloc
+
+    rng = random.Random(0)
+
+    def sizes() -> Iterator[int]:
+        total = 0
+        while total < 100_000 * 128 * 1024:
+            size = rng.randrange(20_000, 100_000)
+            total += size
+            yield size
+
+    tracemalloc.start()
+    count = rows = 0
+    for unit in units(sizes(), HarvestConfig()):
+        count, rows = count + 1, rows + unit.size // 4
+        assert unit.size <= 128 * 1024
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count > 100_000
+    assert rows > 3.2e9
+    assert most < 1 << 20
 
 
-def test_a_document_without_a_token_has_no_row(host):
-    documents = [
-        Document("a", "sea", ""),
-        Document("nothing", "\u200b", ""),
-        Document("b", "ship and sea", ""),
-    ]
-    rows, units = cut(host, documents)
-    assert rows == [1, 0, 3]
-    assert [unit.rows for unit in units] == [4]
-    provenance = harvest_unit(host, documents, HarvestConfig()).provenance
-    assert provenance["doc_id"].to_pylist() == ["a", "b", "b", "b"]
-
-
-def test_documents_without_a_token_at_the_end_belong_to_the_last_shard(host):
-    documents = [Document("a", "ship and sea", ""), Document("nothing", "\u200b", "")]
-    _, units = cut(host, documents, shard_mb=1e-6)
-    assert [(unit.start, unit.stop, unit.rows) for unit in units] == [(0, 2, 3)]
-
-
-def test_a_corpus_without_a_single_token_is_a_user_error(host):
-    with pytest.raises(UserError, match="no document has a single token"):
-        cut(host, [Document("nothing", "\u200b", "")])
-
-
-# -- one shard -----------------------------------------------------------------------------------
+# -- what a unit gives -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [1, 4])
 def test_rows_are_the_models_hidden_states_of_the_same_tokens(host, documents, layer):
-    at_layer = Host(host.model, host.tokenizer, HostConfig(layer=layer, max_tokens=24))
-    data = harvest_unit(at_layer, documents, HarvestConfig(dtype="float32"))
-    stored, provenance = load(data.activations)["x"], data.provenance.to_pylist()
+    shard = made(host, documents, layer=layer)
+    provenance = shard.provenance.to_pylist()
     first = 0
     for document in documents[:6]:
         tokens = host.tokenizer(document.text, return_tensors="pt")
@@ -111,130 +125,127 @@ def test_rows_are_the_models_hidden_states_of_the_same_tokens(host, documents, l
         assert [line["position"] for line in here] == list(range(len(ids)))
         assert {line["doc_id"] for line in here} == {document.doc_id}
         assert [line["token_text"] for line in here] == host.tokenizer.convert_ids_to_tokens(ids)
-        np.testing.assert_allclose(stored[first : first + len(ids)], full.numpy(), atol=1e-4)
+        torch.testing.assert_close(shard.x[first : first + len(ids)], full, atol=1e-4, rtol=0)
         first += len(ids)
-    assert len(stored) == data.provenance.num_rows
+    assert len(shard.x) == shard.provenance.num_rows
 
 
-def test_float16_rows_are_the_float32_rows_rounded(host, documents):
-    exact = rows_of(host, documents, HarvestConfig(dtype="float32"))
-    half = rows_of(host, documents, HarvestConfig(dtype="float16"))
-    assert (exact.dtype, half.dtype) == (np.float32, np.float16)
-    assert (half == exact.astype(np.float16)).all()
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shorter_formats_hold_the_same_rows_rounded(host, documents, dtype):
+    exact, short = made(host, documents), made(host, documents, dtype)
+    assert short.x.dtype == getattr(torch, dtype)
+    assert torch.equal(short.x, exact.x.to(short.x.dtype))
 
 
-def test_special_tokens_are_dropped_or_kept_by_the_option(host, documents):
-    dropped = harvest_unit(host, documents, HarvestConfig())
-    kept = harvest_unit(host, documents, HarvestConfig(drop_special_tokens=False))
-    texts = np.array(kept.provenance["token_text"].to_pylist())
-    special = np.isin(texts, ["[CLS]", "[SEP]"])
-    assert special.sum() == 2 * len(documents)
-    assert texts[~special].tolist() == dropped.provenance["token_text"].to_pylist()
-    x = load(kept.activations)["x"]
-    assert (x[~special] == load(dropped.activations)["x"]).all()
-    assert (cut(host, documents, drop_special_tokens=False).rows) == [
-        n + 2 for n in cut(host, documents).rows
+def test_the_documents_of_a_unit_are_kept_with_their_numbers_of_rows(host):
+    documents = [
+        Document("a", "sea", "x"),
+        Rejected("texts.txt, line 2", "encoding", "byte 3 is not UTF-8"),
+        Document("nothing", "\u200b", ""),
+        Document("b", "ship and sea", ""),
     ]
+    shard = made(host, documents)
+    table = shard.documents.to_pydict()
+    assert table["doc_id"] == ["a", "texts.txt, line 2", "nothing", "b"]
+    assert table["n_rows"] == [1, 0, 0, 3]
+    assert table["rejected"] == [None, "encoding: byte 3 is not UTF-8", "no rows", None]
+    assert table["label"] == ["x", "", "", ""]
+    assert shard.provenance["doc_id"].to_pylist() == ["a", "b", "b", "b"]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 1000])
 def test_the_company_of_a_document_does_not_change_its_rows(host, documents, batch_tokens):
-    together = rows_of(host, documents, HarvestConfig(dtype="float32"))
-    config = HarvestConfig(dtype="float32", batch_tokens=batch_tokens)
-    assert np.abs(rows_of(host, documents, config) - together).max() < 1e-3
-    turned = rows_of(host, documents[::-1], config)
-    counts = cut(host, documents).rows
-    first, last = counts[0], counts[-1]
-    assert np.abs(turned[-first:] - together[:first]).max() < 1e-3
-    assert np.abs(turned[:last] - together[-last:]).max() < 1e-3
+    together = made(host, documents).x
+    assert (made(host, documents, batch_tokens=batch_tokens).x - together).abs().max() < 1e-3
+    turned = made(host, documents[::-1], batch_tokens=batch_tokens)
+    last, first = turned.documents["n_rows"].to_pylist()[:: len(documents) - 1]
+    assert (turned.x[-first:] - together[:first]).abs().max() < 1e-3
+    assert (turned.x[:last] - together[-last:]).abs().max() < 1e-3
 
 
-def test_larger_batches_of_tokens_need_fewer_passes_through_the_model(host, documents):
-    def passes(batch_tokens: int) -> int:
-        texts: list[int] = []
-        watching = host.model.register_forward_pre_hook(
-            lambda _, args, named: texts.append(len(named["input_ids"])), with_kwargs=True
-        )
-        try:
-            harvest_unit(host, documents, HarvestConfig(batch_tokens=batch_tokens))
-        finally:
-            watching.remove()
-        assert sum(texts) == len(documents)
-        return len(texts)
-
-    assert passes(1) == len(documents) > passes(200) > passes(100_000) == 1
+def test_the_sums_are_those_of_the_rows(host, documents):
+    shard = made(host, documents, "float16")
+    x = shard.x.double().numpy()
+    np.testing.assert_allclose(shard.sums["sum"], x.sum(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(shard.sums["sum_sq"], (x * x).sum(axis=0), rtol=1e-12)
+    wanted = [np.linalg.norm(x, axis=1).sum()]
+    np.testing.assert_allclose(shard.sums["norm_sum"], wanted, rtol=1e-12)
+    many = torch.from_numpy(np.random.default_rng(0).standard_normal((20_000, 3)))
+    np.testing.assert_allclose(row_sums(many)["sum"], many.sum(dim=0).numpy(), rtol=1e-9)
 
 
-def test_a_long_document_is_cut_after_max_tokens(host):
-    text = "the ship sails over the cold sea while grey waves carry salt"
-    short = Host(host.model, host.tokenizer, HostConfig(layer=2, max_tokens=5))
-    data = harvest_unit(short, [Document("a", text, "")], HarvestConfig())
-    assert data.provenance["token_text"].to_pylist() == ["the", "ship", "sails", "over", "the"]
-    rows = plan(
-        [Document("a", text, "")], short.tokenizer, short.config, HarvestConfig(), D_IN
-    ).rows
-    assert rows == [5] == [len(load(data.activations)["x"])]
-
-
-def test_the_sums_in_a_shard_are_those_of_its_rows(host, documents):
-    arrays = load(harvest_unit(host, documents, HarvestConfig()).activations)
-    x = arrays["x"].astype(np.float64)
-    np.testing.assert_allclose(arrays["sum"], x.sum(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(arrays["sum_sq"], (x * x).sum(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(arrays["norm_sum"], [np.linalg.norm(x, axis=1).sum()], rtol=1e-12)
-
-
-def test_the_same_shard_has_the_same_bytes(host, documents):
-    config = HarvestConfig(batch_tokens=200)
-    first, second = (harvest_unit(host, documents, config) for _ in range(2))
-    assert first.activations == second.activations
+def test_the_same_unit_gives_the_same(host, documents):
+    first, second = (made(host, documents, batch_tokens=200) for _ in range(2))
+    assert torch.equal(first.x, second.x)
     assert first.provenance.equals(second.provenance)
+    assert first.documents.equals(second.documents)
 
 
-@pytest.mark.parametrize(
-    ("factor", "dtype"), [(1e6, "float16"), (float("nan"), "float32"), (float("inf"), "float16")]
-)
-def test_an_activation_that_is_not_finite_is_a_user_error_that_names_the_document(
-    host, documents, factor, dtype
-):
+def with_a_bad_word(
+    host: TransformerHost, documents: list[Document], factor: float
+) -> Iterator[list]:
     """One word is given an embedding that no longer fits; the blocks are left out (layer 0)."""
-    at_embedding = Host(host.model, host.tokenizer, HostConfig(layer=0, max_tokens=24))
     word = host.tokenizer.convert_tokens_to_ids("zebra")
-    company = [*documents[:7], Document("the-one", "a zebra by the sea", ""), *documents[7:]]
-    weight = host.model.embeddings.LayerNorm.weight
-    if factor == 1e6:
-        saved, target = weight.clone(), weight
-    else:
-        target = host.model.embeddings.word_embeddings.weight[word]
-        saved = target.clone()
+    target = host.model.embeddings.word_embeddings.weight[word]
+    saved = target.clone()
     try:
         with torch.no_grad():
             target.mul_(factor)
-        expected = documents[0].doc_id if factor == 1e6 else "the-one"
-        with pytest.raises(UserError, match=rf"^document '{expected}': .* not finite in {dtype}"):
-            harvest_unit(at_embedding, company, HarvestConfig(dtype=dtype))
+        yield [*documents[:7], Document("the-one", "a zebra by the sea", ""), *documents[7:]]
     finally:
         with torch.no_grad():
             target.copy_(saved)
 
 
-# -- batches -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_refused_with_its_document(host, documents, factor):
+    for company in with_a_bad_word(host, documents, factor):
+        with pytest.raises(
+            UserError,
+            match=r"^document 'the-one': activations are not finite .* \(not finite: \d of 5 rows\): .*drop",
+        ):
+            made(host, company, layer=0)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 200))
-def test_batches_hold_every_document_once_and_keep_to_their_size(lengths, batch_tokens):
-    batches = length_buckets(lengths, batch_tokens)
-    assert sorted(d for batch in batches for d in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[d] for d in batch)
-        assert len(batch) == 1 or longest * len(batch) <= batch_tokens
-        assert lengths[batch[0]] == longest
-    order = [lengths[d] for batch in batches for d in batch]
-    assert order == sorted(lengths, reverse=True)
+def test_rows_that_the_stored_format_cannot_hold_are_refused(host, documents):
+    weight = host.model.embeddings.LayerNorm.weight
+    saved = weight.clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(1e6)
+        named = rf"^document '{documents[0].doc_id}' and 39 more documents: .* float16 .*bfloat16"
+        with pytest.raises(UserError, match=named):
+            made(host, documents, "float16", layer=0)
+        assert bool(made(host, documents, "bfloat16", layer=0).x.isfinite().all())
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
 
 
-@given(st.lists(st.integers(1, 60), min_size=2, max_size=80), st.integers(1, 200))
-def test_no_two_neighbouring_batches_would_fit_in_one(lengths, batch_tokens):
-    batches = length_buckets(lengths, batch_tokens)
-    for batch in batches[:-1]:
-        assert lengths[batch[0]] * (len(batch) + 1) > batch_tokens
+def test_documents_with_rows_that_are_not_finite_can_be_left_out_and_are_recorded(host, documents):
+    reading = TransformerHost(host.model, host.tokenizer, Transformer(layer=0, max_tokens=24))
+    config = HarvestConfig(dtype="float32", not_finite="drop")
+    (plain,) = harvest_unit(reading, documents, config, CORPUS)
+    for company in with_a_bad_word(host, documents, float("nan")):
+        (shard,) = harvest_unit(reading, company, config, CORPUS)
+    assert torch.allclose(shard.x, plain.x, atol=1e-5)
+    assert shard.provenance.equals(plain.provenance)
+    fate = {
+        d["doc_id"]: (d["n_rows"], d["rejected"])
+        for d in shard.documents.to_pylist()
+        if d["rejected"] is not None
+    }
+    ((name, (rows, why)),) = fate.items()
+    assert (name, rows) == ("the-one", 0)
+    assert why.startswith("not finite: ")
+
+
+def test_a_corpus_is_read_into_units_with_what_cannot_be_read(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"text {i}", "id": f"d{i}"}) for i in range(6)]
+    path.write_text("\n".join([*lines[:2], "no json", *lines[2:]]))
+    config = CorpusConfig(source=str(path))
+    found = list(parts(corpora.read(config), HarvestConfig(unit_kb=0.02)))
+    assert len(found) == 2
+    names = [d.where if isinstance(d, Rejected) else d.doc_id for _, ds in found for d in ds]
+    assert names == ["d0", "d1", f"{path}, line 3", "d2", "d3", "d4", "d5"]

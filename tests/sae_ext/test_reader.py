@@ -11,17 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from safetensors.torch import load as load_tensors
 
 from sae_ext import corpora
-from sae_ext.activations.reader import (
-    Activations,
-    map_tensor,
-    provenance_file,
-    row_statistics,
-    shard_file,
-)
-from sae_ext.config import CorpusConfig
+from sae_ext.activations import reader
+from sae_ext.activations.harvest import Shard, provenance_table, row_sums
+from sae_ext.activations.reader import Activations
+from sae_ext.activations.shards import contents, map_tensor, provenance_file, shard_file
+from sae_ext.artefacts import Stage
+from sae_ext.artefacts import activations as activations_of
+from sae_ext.config import CorpusConfig, HarvestConfig, to_dict
+from sae_ext.corpora import Document
 from sae_ext.errors import CorruptArtefact, UserError
+from sae_ext.hosts import Found, Transformer
+from sae_ext.hosts.base import placed
+from sae_ext.store import Store
 
 COUNTS = [3, 0, 5, 1, 4, 2, 6, 7, 2]
 
@@ -47,7 +51,7 @@ def test_the_shards_one_after_another_are_the_rows(made):
     x, activations = made
     assert activations.shard_rows == [8, 7, 15]
     assert (activations.n_rows, activations.d_in) == (30, 4)
-    assert (np.concatenate([activations.shard(i) for i in range(3)]) == x).all()
+    assert (torch.cat([activations.shard(i) for i in range(3)]).numpy() == x).all()
 
 
 @given(st.lists(st.integers(0, 99), max_size=40))
@@ -94,6 +98,28 @@ def test_rows_can_be_gathered_by_many_threads_at_once_and_a_shard_is_checked_onc
     assert sorted(checked) == [shard_file(i) for i in range(3)]
 
 
+def test_no_more_shards_are_mapped_at_once_than_there_may_be_files(
+    tmp_path, put_activations, monkeypatch
+):
+    monkeypatch.setattr(reader, "_OPEN", 3)
+    x = np.arange(40, dtype=np.float32)[:, None]
+    activations = put_activations(tmp_path, x, [1] * 40, documents_per_shard=4)
+    order = np.random.default_rng(0).permutation(40)
+    for _ in range(3):
+        assert activations.gather(order).flatten().tolist() == order.tolist()
+        assert len(activations._mapped) == 3
+    assert activations._checked == set(range(10))
+
+
+def test_checksums_of_more_than_could_be_read_first_are_left_to_verify(made, monkeypatch):
+    _, activations = made
+    path = Path(activations.store.path("activations", activations.key, shard_file(0)))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    monkeypatch.setattr(reader, "_CHECKED_BYTES", 10.0)
+    assert len(Activations(activations.store, activations.key).gather(np.arange(8))) == 8
+    assert activations.store.wrong("activations", activations.key, shard_file(0)) is not None
+
+
 def test_a_message_can_name_the_file_and_the_row_in_it(made):
     _, activations = made
     places = {0: (0, 0), 7: (0, 7), 8: (1, 0), 14: (1, 6), 29: (2, 14)}
@@ -133,7 +159,7 @@ def test_a_missing_label_is_refused_only_where_it_is_asked_for(tmp_path, put_act
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(made):
     _, activations = made
-    told = "have no column 'topic': choose from doc_id, text, label, bucket, n_rows"
+    told = "have no column 'topic': choose from doc_id, text, label, bucket, n_rows, rejected"
     with pytest.raises(UserError, match=told):
         activations.column("topic", np.arange(3))
 
@@ -150,15 +176,25 @@ def test_rows_in_order_come_in_batches_with_a_shorter_last_one(made):
 
 def test_every_row_belongs_to_its_document(made):
     _, activations = made
-    assert activations.document_of_row.tolist() == np.repeat(range(9), COUNTS).tolist()
+    owners = activations.documents_of(np.arange(30))
+    assert owners.tolist() == np.repeat(range(9), COUNTS).tolist()
     names = [name for i in range(3) for name in activations.provenance(i)["doc_id"].to_pylist()]
-    assert names == [f"d{d}" for d in activations.document_of_row]
+    assert names == [f"d{d}" for d in owners]
 
 
-def test_a_shard_is_mapped_and_cannot_be_written_to(made):
-    _, activations = made
-    with pytest.raises(ValueError, match="read-only"):
-        activations.shard(0)[0, 0] = 1
+def test_what_is_written_to_a_mapped_shard_reaches_no_file(made):
+    x, activations = made
+    activations.shard(0)[0, 0] = 1
+    again = Activations(activations.store, activations.key)
+    assert float(again.shard(0)[0, 0]) == x[0, 0] != 1
+
+
+def test_bfloat16_rows_are_gathered_as_they_were_stored(tmp_path):
+    x = torch.randn(20, 3).bfloat16()
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(b"".join(contents({"x": x})))
+    assert torch.equal(map_tensor(path, "x"), x)
+    assert torch.equal(load_tensors(path.read_bytes())["x"], x)
 
 
 def test_the_splits_share_the_rows_out_by_document(tmp_path, put_activations):
@@ -182,17 +218,37 @@ def test_the_manifest_holds_the_statistics_of_all_rows(made):
     assert told["mean_norm"] == pytest.approx(np.linalg.norm(exact, axis=1).mean(), rel=1e-12)
 
 
-def test_statistics_do_not_depend_on_how_the_rows_are_shared_out():
-    x = np.random.default_rng(2).standard_normal((12, 3)) + 5
+def test_statistics_do_not_depend_on_how_the_rows_are_shared_out(tmp_path, put_activations):
+    x = (np.random.default_rng(2).standard_normal((30, 3)) + 5).astype(np.float32)
+    found = [
+        put_activations(tmp_path / str(n), x, COUNTS, documents_per_shard=n).manifest.extra
+        for n in (1, 4, 9)
+    ]
+    for name in ("mean", "variance", "mean_norm"):
+        for other in found[1:]:
+            np.testing.assert_allclose(other[name], found[0][name], rtol=1e-12)
 
-    def sums(part: np.ndarray) -> dict[str, np.ndarray]:
-        norms = np.linalg.norm(part, axis=1).sum(keepdims=True)
-        return {"sum": part.sum(axis=0), "sum_sq": (part**2).sum(axis=0), "norm_sum": norms}
 
-    whole = row_statistics([sums(x)], 12)
-    parts = row_statistics([sums(x[:5]), sums(x[5:6]), sums(x[6:])], 12)
-    for name, value in whole.items():
-        np.testing.assert_allclose(parts[name], value, rtol=1e-12)
+def test_a_column_may_hold_texts_in_some_shards_and_numbers_or_nothing_in_others(tmp_path):
+    store = Store.open(str(tmp_path), writable=True)
+    corpus = CorpusConfig(source="x.jsonl", columns=("answer",))
+    config = {"corpus": to_dict(corpus), "host": to_dict(Transformer())}
+    config["harvest"] = to_dict(HarvestConfig(dtype="float32"))
+    stage = Stage("activations", config, {})
+    answers = [[None], [1.5], ["seven"]]
+    for number, answer in enumerate(answers):
+        rows = torch.zeros(1, 2)
+        documents = [Document(f"d{number}", f"text {number}", "", {"answer": answer[0]})]
+        counts = np.ones(1, np.int64)
+        found = Found(rows, counts, placed(counts), None, None, {})
+        shard = Shard(
+            rows, row_sums(rows), provenance_table(documents, found),
+            corpora.to_table(documents, [corpora.Harvested(1)], corpus),
+        )  # fmt: skip
+        activations_of.put(store, stage.key, number, shard)
+    activations_of.commit(store, stage, 3, {})
+    table = Activations(store, stage.key).documents
+    assert table["answer"].to_pylist() == [None, "1.5", "seven"]
 
 
 # -- damage --------------------------------------------------------------------------------------
@@ -255,9 +311,15 @@ def test_a_tensor_is_mapped_as_it_was_saved(tmp_path, dtype):
     x = np.random.default_rng(0).standard_normal((7, 3)).astype(dtype)
     path = tmp_path / "t.safetensors"
     path.write_bytes(save({"before": np.zeros(5, dtype), "x": x, "z": np.ones(2, dtype)}))
-    found = map_tensor(path, "x")
+    found = map_tensor(path, "x").numpy()
     assert found.dtype == dtype
     assert (found == x).all()
+
+
+def test_an_empty_shard_is_mapped_too(tmp_path):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(b"".join(contents({"x": torch.zeros(0, 4)})))
+    assert map_tensor(path, "x").shape == (0, 4)
 
 
 def test_activations_that_are_not_there_are_a_user_error(made):

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -382,6 +384,55 @@ def test_a_cached_file_that_went_bad_is_found_when_it_is_verified(remote):
     key = committed(remote, a=b"one")
     remote.local("saes", key, "a").write_bytes(b"onE")
     assert remote.local("saes", key, "a", verify=True).read_bytes() == b"one"
+
+
+def cached(tmp_path: Path) -> dict[str, int]:
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    return {p.name: p.stat().st_size for p in files}
+
+
+def test_what_was_used_longest_ago_makes_room_in_the_cache(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMILL_CACHE_GB", "2.5e-6")
+    committed(remote, **{name: name.encode() * 1000 for name in "abcd"})
+    for name in "ab":
+        remote.local("saes", "k1", name)
+        time.sleep(0.02)
+    remote.local("saes", "k1", "a")
+    time.sleep(0.02)
+    mapped = remote.local("saes", "k1", "b").open("rb")
+    time.sleep(0.02)
+    remote.local("saes", "k1", "a")
+    time.sleep(0.02)
+    remote.local("saes", "k1", "c")
+    assert cached(tmp_path) == {"a": 1000, "c": 1000}
+    assert mapped.read() == b"b" * 1000
+    mapped.close()
+    assert remote.local("saes", "k1", "b").read_bytes() == b"b" * 1000
+    assert cached(tmp_path) == {"b": 1000, "c": 1000}
+
+
+def test_a_file_larger_than_the_cache_is_kept_while_it_is_the_newest(remote, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMILL_CACHE_GB", "0")
+    committed(remote, a=b"a" * 10, b=b"b" * 10)
+    assert remote.local("saes", "k1", "a").read_bytes() == b"a" * 10
+    assert remote.local("saes", "k1", "b").read_bytes() == b"b" * 10
+    assert cached(tmp_path) == {"b": 10}
+
+
+@pytest.mark.parametrize("size", ["much", "-1", "nan"])
+def test_a_size_of_the_cache_that_is_none_is_refused(remote, monkeypatch, size):
+    monkeypatch.setenv("SPARSEMILL_CACHE_GB", size)
+    committed(remote)
+    with pytest.raises(UserError, match="SPARSEMILL_CACHE_GB must be a number of gigabytes"):
+        remote.local("saes", "k1", "a")
+
+
+def test_a_file_may_be_put_in_parts(store, remote):
+    parts = [memoryview(b"one"), memoryview(b""), memoryview(np.arange(3, dtype=np.uint8).data)]
+    for each in (store, remote):
+        facts = each.put("saes", "k1", "a", parts)
+        assert each.read("saes", "k1", "a") == b"one\x00\x01\x02"
+        assert facts == each.put("saes", "k1", "b", b"one\x00\x01\x02")
 
 
 def test_a_file_that_is_missing_elsewhere_is_corrupt(remote):

