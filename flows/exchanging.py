@@ -40,8 +40,9 @@ def export(
         raise UserError(f"--format {layout!r} is not one of {', '.join(_WRITERS)}")
     _, key = store.find(prefix, (saes.KIND,))
     seen = store.manifest(saes.KIND, key).extra["validation"]
-    source = store.manifest(saes.KIND, key).inputs["activations"]
-    metadata = saes.metadata(store.manifest(activations.KIND, source).config, seen)
+    made = store.manifest(saes.KIND, key)
+    source = store.manifest(activations.KIND, made.inputs["activations"]).config
+    metadata = saes.metadata(source, seen, made.config.get("stream"))
     write(saes.load(store, key), out, metadata, clip_rate=seen["clip_rate"], allow_clip=allow_clip)
     console.print(f"{layout}  {out}", soft_wrap=True)
 

@@ -94,6 +94,9 @@ class Recipe(BaseModel):
     """The documents."""
     host: AnyHost = Transformer()
     """What activations are read from, and where in it."""
+    stream: CorpusConfig | None = None
+    """Documents to train on as they are read, their activations nowhere stored; the corpus then says how long rows
+    are, and is what is judged and analysed. The training documents of the corpus itself when absent."""
     harvest: HarvestConfig = HarvestConfig()
     """How activations are stored."""
     sae: SAEConfig = SAEConfig()
@@ -117,7 +120,12 @@ class Recipe(BaseModel):
             workers=self.resources.train_workers,
             on_gpu=self.resources.train_gpus > 0,
             folders=False,
+            streamed=self.stream is not None,
         )
+        if self.tune.trials and self.stream is not None:
+            raise UserError(
+                "every trial of tune would harvest the whole stream: search without stream, then train with it"
+            )
         if self.tune.trials:
             if self.train.objective.l1 is None:
                 raise UserError(

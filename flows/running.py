@@ -73,6 +73,8 @@ def _served(recipe: Recipe, store: Store, todo: bool, work: Callable[[], T]) -> 
     reads = not harvest.done(store)
     if reads:
         stages.preflight(recipe)
+    if todo:
+        stages.check_stream(recipe)
     if todo and recipe.resources.tensorboard is not None:
         require_tensorboard()
     cluster = Cluster(recipe.resources.ray_address)

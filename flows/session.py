@@ -20,6 +20,7 @@ from prefect.logging import get_run_logger
 
 from flows.display import Bar, Display
 from flows.recipe import Recipe, Resources
+from sae_ext import corpora
 from sae_ext.artefacts import Stage
 from sae_ext.errors import Diverged
 from sae_ext.store import Store
@@ -27,6 +28,7 @@ from workers import pool
 from workers.cluster import Cluster, require_room
 from workers.events import Event, Log, Update
 from workers.pool import Job
+from workers.stream import Feeders, require_room_beside
 from workers.train import Meeting, Share, TrainWorker
 
 _REPORT_SECONDS = 3.0
@@ -39,6 +41,7 @@ class Session:
     """See the module."""
 
     def __init__(self, recipe: Recipe, cluster: Cluster, display: Display) -> None:
+        self.recipe = recipe
         self.resources: Resources = recipe.resources
         self.store = Store.open(recipe.store, writable=True)
         self.cluster = cluster
@@ -121,6 +124,10 @@ class Session:
             parts = [(wanted, share) for share in meeting.shares()]
         else:
             parts = [(wanted[i::workers], None) for i in range(min(workers, len(wanted)))]
+        feeders = None
+        if "stream" in wanted[0].config:
+            feeders = self._feeders()
+            require_room_beside(cpus, r.train_gpus, feeders, len(parts))
         for stage in wanted:
             self.store.sweep(stage.kind, stage.key)
         diverged: dict[str, Diverged] = {}
@@ -134,7 +141,7 @@ class Session:
         self.work(
             bar,
             TrainWorker,
-            (self.store.url, cpus, r.train_readers, board),
+            (self.store.url, cpus, r.train_readers, board, feeders),
             [Job("train", part) for part in parts],
             sizes=[float(sum(s.config["train"]["steps"] for s in stages)) for stages, _ in parts],
             workers=len(parts),
@@ -143,6 +150,13 @@ class Session:
             on_result=on_result,
         )
         return diverged
+
+    def _feeders(self) -> Feeders:
+        """The harvest workers that a training on a stream has beside it."""
+        recipe, r = self.recipe, self.resources
+        assert recipe.stream is not None
+        host, corpus = recipe.host.portable(), corpora.portable(recipe.stream)
+        return Feeders(host, corpus, recipe.harvest, r.workers, r.cpus_per_worker, r.harvest_gpus)
 
 
 class _PrefectProgress:

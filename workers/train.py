@@ -28,6 +28,7 @@ from sae_ext.training.history import Line, TensorBoard
 from sae_ext.training.job import Place
 from workers.events import Event, Update, streamed
 from workers.pool import WorkerDied
+from workers.stream import Feeders, fed_by
 
 log = logging.getLogger("workers.train")
 
@@ -61,9 +62,17 @@ class Meeting:
 class TrainWorker:
     """Trains SAEs into the store, going on from a checkpoint where there is one."""
 
-    def __init__(self, store_url: str, threads: int, readers: int, board: str | None) -> None:
+    def __init__(
+        self,
+        store_url: str,
+        threads: int,
+        readers: int,
+        board: str | None,
+        feeders: Feeders | None = None,
+    ) -> None:
         self.store = Store(store_url)
         self.threads, self.readers, self.board = threads, readers, board
+        self.feeders = feeders
         self.stopping = threading.Event()
 
     def stop(self) -> None:
@@ -103,8 +112,9 @@ class TrainWorker:
         total = sum(stage.config["train"]["steps"] for stage in stages)
         steps = [0] * len(stages)
         work = saes.train_and_commit(
-            self.store, stages, place=place, stop=self.stopping.is_set, on_line=on_line
-        )
+            self.store, stages, place=place, stop=self.stopping.is_set, on_line=on_line,
+            stream=None if self.feeders is None else fed_by(self.feeders, self.stopping.is_set),
+        )  # fmt: skip
         while True:
             try:
                 p = next(work)

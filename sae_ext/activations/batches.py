@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +18,9 @@ import torch
 from torch import Tensor
 
 from sae_ext.activations.buffer import RingBuffer
-from sae_ext.activations.dataset import Dataset
+from sae_ext.activations.dataset import Batch, Dataset, Stream
 from sae_ext.activations.order import Rows, Shuffled
 from sae_ext.errors import UserError
-
-
-class Batch(NamedTuple):
-    """Rows and where they come from."""
-
-    x: Tensor
-    """float32 [b, d_in]"""
-    rows: npt.NDArray[np.int64]
-    """Their numbers in the dataset, [b]."""
-
-
-Stream = Callable[[int], Iterator[Batch]]
-"""Gives the chunks of a sequence from the given number on, the same ones every time it is called.
-Chunks may differ in size. The iterator is advanced in another thread; a generator is closed when
-it is no longer needed."""
 
 
 class BatchSource(ABC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -21,12 +21,29 @@ from sae_ext.corpora import Split
 from sae_ext.errors import UserError
 
 
+class Batch(NamedTuple):
+    """Rows and where they come from."""
+
+    x: Tensor
+    """float32 [b, d_in]; in a stream any floating-point dtype."""
+    rows: npt.NDArray[np.int64]
+    """Their numbers in the dataset, [b]."""
+
+
+Stream = Callable[[int], Iterator[Batch]]
+"""Gives the chunks of a sequence from the given number on, the same ones every time it is called.
+Chunks may differ in size. The iterator is advanced in another thread; a generator is closed when
+it is no longer needed."""
+
+
 class Dataset(Protocol):
     """Rows numbered 0 to n - 1. `gather` may be called from several threads at once."""
 
     key: str
     """Equal keys mean equal content."""
     d_in: int
+    stream: Stream | None = None
+    """An endless stream to train on instead of the rows of the training split; see `streaming`."""
 
     def rows(self, split: Split) -> Rows:
         """Ascending numbers of a split's rows."""

@@ -110,16 +110,7 @@ def _shard(
     config: HarvestConfig,
     corpus: CorpusConfig,
 ) -> Shard:
-    bad = found.not_finite()
-    if bad and config.not_finite == "refuse":
-        first = min(bad)
-        more = f" and {len(bad) - 1} more documents" if len(bad) > 1 else ""
-        raise UserError(
-            f"document {good[first].doc_id!r}{more}: activations are not finite in {config.dtype} ({bad[first]}): "
-            "set harvest.dtype to float32 or bfloat16, or harvest.not_finite to drop to leave such documents out"
-        )
-    if bad:
-        found = found.without(bad)
+    found = finite(good, found, config)
     kept = iter(
         Harvested(int(n), found.rejected.get(d)) for d, n in enumerate(found.counts.tolist())
     )
@@ -127,6 +118,24 @@ def _shard(
     return Shard(
         found.x, row_sums(found.x), provenance_table(good, found), to_table(documents, fate, corpus)
     )
+
+
+def finite(documents: Sequence[Document], found: Found, config: HarvestConfig) -> Found:
+    """What was found, without documents that give a NaN or an infinity.
+
+    Raises:
+        UserError: there are some, and `config.not_finite` is `refuse`.
+    """
+    bad = found.not_finite()
+    if bad and config.not_finite == "refuse":
+        first = min(bad)
+        more = f" and {len(bad) - 1} more documents" if len(bad) > 1 else ""
+        raise UserError(
+            f"document {documents[first].doc_id!r}{more}: activations are not finite in {config.dtype} "
+            f"({bad[first]}): set harvest.dtype to float32 or bfloat16, or harvest.not_finite to drop to leave "
+            "such documents out"
+        )
+    return found.without(bad) if bad else found
 
 
 def row_sums(x: Tensor) -> dict[str, npt.NDArray[np.float64]]:

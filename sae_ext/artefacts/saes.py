@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from sae_ext import hosts
+from sae_ext.activations.dataset import Dataset, Stream
 from sae_ext.activations.reader import Activations
+from sae_ext.activations.streaming import Streamed, here, streamed
 from sae_ext.artefacts import Stage
-from sae_ext.config import SAEConfig, TrainConfig, from_dict, to_dict
+from sae_ext.config import CorpusConfig, HarvestConfig, SAEConfig, TrainConfig, from_dict, to_dict
 from sae_ext.corpora import STDLIB
 from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics import evaluate
@@ -39,8 +41,18 @@ CHECKPOINTS = "checkpoints"
 _SPARSITY_FLOOR = 1e-10
 
 
-def stage(sae: SAEConfig, config: TrainConfig, activations: str) -> Stage:
-    """An SAE trained on the activations with that key.
+class Streaming(NamedTuple):
+    """Documents that are trained on without being stored."""
+
+    corpus: CorpusConfig
+    fingerprint: str
+    """Hash over what they are read from."""
+
+
+def stage(
+    sae: SAEConfig, config: TrainConfig, activations: str, stream: Streaming | None = None
+) -> Stage:
+    """An SAE trained on the activations with that key, or on a stream and judged by them.
 
     Raises:
         UserError: it begins from a folder that holds none, or one that goes with another training.
@@ -49,7 +61,11 @@ def stage(sae: SAEConfig, config: TrainConfig, activations: str) -> Stage:
     if (begun := sae.architecture.begins_from()) is not None:
         inputs["pretrained"] = begun
         check_together(sae, config)
-    return Stage(KIND, {"sae": shape(sae), "train": to_dict(config)}, inputs)
+    content = {"sae": shape(sae), "train": to_dict(config)}
+    if stream is not None:
+        content["stream"] = to_dict(stream.corpus)
+        inputs["stream"] = stream.fingerprint
+    return Stage(KIND, content, inputs)
 
 
 def shape(sae: SAEConfig) -> dict[str, Any]:
@@ -74,11 +90,13 @@ def train_and_commit(
     place: Place = Place(),
     stop: Callable[[], bool] = lambda: False,
     on_line: Callable[[int, Line], object] = lambda number, line: None,
+    stream: Stream | None = None,
 ) -> Generator[Progress, None, list[dict[str, Any] | Diverged]]:
     """Train on the same activations in one pass, or go on from the last checkpoints, and commit; yields progress.
 
     Args:
         on_line: called with an SAE's number and each line of its history.
+        stream: the one the stages were made with; computed in this process where absent.
 
     Returns:
         Of each the metrics on the validation split, or why it diverged and is not committed; of several
@@ -95,7 +113,8 @@ def train_and_commit(
         _job(store, stage, files[number], partial(on_line, number))
         for number, stage in enumerate(stages)
     ]
-    trained = yield from train_many(activations, jobs, place=place, stop=stop)
+    source = _data_of(activations, stages, stream, place.device)
+    trained = yield from train_many(source, jobs, place=place, stop=stop)
     for stage, made, result in zip(stages, files, trained, strict=True):
         if isinstance(result, Diverged) or place.share[0] > 0:
             continue
@@ -109,6 +128,24 @@ def train_and_commit(
         }
         stage.commit(store, made, extra)
     return [r if isinstance(r, Diverged) else r.validation for r in trained]
+
+
+def _data_of(
+    activations: Activations, stages: Sequence[Stage], stream: Stream | None, device: str
+) -> Dataset:
+    """What is read: the activations, or a stream beside them."""
+    asked = [(stage.config.get("stream"), stage.inputs.get("stream")) for stage in stages]
+    if any(each != asked[0] for each in asked):
+        raise UserError("SAEs that share their reads must agree on the stream")
+    content, fingerprint = asked[0]
+    if content is None or fingerprint is None:
+        return activations
+    if stream is None:
+        made = activations.manifest.config
+        host, harvest = hosts.from_content(made["host"]), from_dict(HarvestConfig, made["harvest"])
+        corpus = from_dict(CorpusConfig, content)
+        stream = streamed(host, corpus, harvest, here(host.open(device), harvest))
+    return Streamed(activations, stream, fingerprint)
 
 
 def _check_pretrained(stage: Stage) -> None:
@@ -191,19 +228,23 @@ def take_in(store: Store, sae: SAE, activations: str) -> tuple[Stage, dict[str, 
     return stage, validation
 
 
-def metadata(source: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
-    """What SAELens wants to know about activations harvested with this configuration, and what was measured."""
+def metadata(
+    source: dict[str, Any], validation: dict[str, Any], stream: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What SAELens wants to know about activations harvested with this configuration, or of a stream of documents
+    read with the same host, and what was measured."""
     return {
         **hosts.from_content(source["host"]).described(),
-        "dataset_path": source["corpus"]["source"] or STDLIB,
+        "dataset_path": (stream or source["corpus"])["source"] or STDLIB,
         "activation_clip_rate": validation["clip_rate"],
         "l0": validation["l0"],
     }
 
 
 def _contents(trained: Trained, activations: Activations, stage: Stage) -> dict[str, bytes]:
+    told = metadata(activations.manifest.config, trained.validation, stage.config.get("stream"))
     return {
-        **trained.sae.files(metadata(activations.manifest.config, trained.validation)),
+        **trained.sae.files(told),
         "sparsity.safetensors": save_tensors({"sparsity": _log_density(trained.density.numpy())}),
         "training.json": trained.told(stage.config, activations.key),
         "history.parquet": table_bytes(trained.history),

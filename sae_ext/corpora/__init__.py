@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 from sae_ext.corpora import hub, stdlib
 from sae_ext.corpora.config import CorpusConfig
@@ -70,6 +72,18 @@ def load(config: CorpusConfig) -> list[Document]:
     return [each for each in read(config) if isinstance(each, Document)]
 
 
+def portable(config: CorpusConfig) -> CorpusConfig:
+    """The same under a name that means the same in another working directory."""
+    source = config.source or STDLIB
+    if source == STDLIB or "://" in source:
+        return config
+    prefix = hub.PREFIX if source.startswith(hub.PREFIX) else ""
+    path = Path(source.removeprefix(prefix)).expanduser()
+    if prefix and not path.is_dir():
+        return config
+    return replace(config, source=f"{prefix}{path.absolute()}")
+
+
 def fingerprint(config: CorpusConfig) -> str:
     """Hash over what the corpus is read from, so that changed texts mean a new artefact."""
     source = config.source or STDLIB
@@ -96,6 +110,7 @@ __all__ = [
     "fingerprint",
     "limited",
     "load",
+    "portable",
     "read",
     "split_masks",
     "to_table",

@@ -19,11 +19,13 @@ def check_together(
     workers: int = 1,
     on_gpu: bool = False,
     folders: bool = True,
+    streamed: bool = False,
 ) -> None:
     """Raise `UserError`, naming the field and the remedy, where they do not go together.
 
     Args:
         folders: look into the folder that an autoencoder begins from; a recipe can be read without it.
+        streamed: the rows to train on come as a stream, and nothing is known of them but themselves.
     """
     architecture, objective = sae.architecture, train.objective
     kind = type(architecture).__name__
@@ -45,6 +47,8 @@ def check_together(
     _check_dead(train)
     _check_precision(sae, train, on_gpu=on_gpu)
     _check_workers(sae, train, workers)
+    if streamed:
+        _check_streamed(sae, train, workers)
     if train.buffer is not None:
         require(
             train.batch_rows <= train.buffer.min_rows,
@@ -145,6 +149,23 @@ def _check_precision(sae: SAEConfig, train: TrainConfig, *, on_gpu: bool) -> Non
         f"train.precision {train.precision!r} is for the fused step alone, which does reconstruction and l1 for "
         "architectures that choose entries: set it to float32",
     )
+
+
+def _check_streamed(sae: SAEConfig, train: TrainConfig, workers: int) -> None:
+    require(
+        train.buffer is not None,
+        "a stream is mixed in a ring buffer: give train.buffer, such as {rows: 100000, min_rows: 50000}",
+    )
+    require(
+        workers == 1,
+        f"each of {workers} workers on one SAE would harvest the whole stream: set resources.train_workers to 1",
+    )
+    for reader in (sae.architecture, *train.objective.terms().values()):
+        for name in reader.columns():
+            raise UserError(
+                f"{type(reader).__name__} reads the column {name!r}, which rows of a stream do not have: "
+                "store the activations (leave stream out)"
+            )
 
 
 def _check_workers(sae: SAEConfig, train: TrainConfig, workers: int) -> None:

@@ -132,7 +132,7 @@ class Prepared(NamedTuple):
 
 
 def source_of(data: Dataset, prepared: Prepared, config: TrainConfig, place: Place) -> BatchSource:
-    """Batches of the training split, in a shuffled order or through a ring buffer."""
+    """Batches of the training split, in a shuffled order or through a ring buffer, or of a stream."""
     rows, buffer = prepared.train_rows, config.buffer
     if buffer is None:
         return EpochRows(
@@ -147,8 +147,9 @@ def source_of(data: Dataset, prepared: Prepared, config: TrainConfig, place: Pla
         buffer.rows, data.d_in,
         device=place.device, dtype=getattr(torch, buffer.dtype), seed=config.order_seed,
     )  # fmt: skip
+    stream = data.stream or in_stored_order(data, rows, _CHUNK_ROWS)
     return BufferedRows(
-        in_stored_order(data, rows, _CHUNK_ROWS), ring, config.batch_rows,
+        stream, ring, config.batch_rows,
         min_rows=buffer.min_rows, fresh=buffer.fresh, share=place.share,
     )  # fmt: skip
 

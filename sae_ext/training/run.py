@@ -96,8 +96,9 @@ def train_many(
 
     for job in jobs:
         check_together(
-            job.sae, job.config, workers=place.share[1], on_gpu=place.device.startswith("cuda")
-        )
+            job.sae, job.config, workers=place.share[1], on_gpu=place.device.startswith("cuda"),
+            streamed=data.stream is not None,
+        )  # fmt: skip
     states = [State.of(data, job, place) for job in jobs]
     prepared = Prepared.of(data, jobs, states, tick)
     runs = [
@@ -122,7 +123,12 @@ def train_many(
                 if len(runs) == 1 and runs[0].failure is not None:
                     raise runs[0].failure
                 raise Stopped(f"stopped after step {step}; a checkpoint is saved")
-            batch = source.next()
+            try:
+                batch = source.next()
+            except Stopped:  # a stream hears it too, while it waits for rows
+                for run in due:
+                    run.save_or_fail(source.state())
+                raise
             x = moved(batch.x, place.device)
             for run in due:
                 told = run.step_or_fail(x, batch.rows, source.state)

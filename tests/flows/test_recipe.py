@@ -544,6 +544,19 @@ def test_a_number_in_scientific_notation_out_of_range_is_refused_with_its_sectio
             {"tune": {"trials": 8}, "train": {"objective": {"l1": {"target_l0": 20}}}},
             "tune searches λ, and so does train.objective.l1.target_l0",
         ),
+        ({"stream": {}}, "a stream is mixed in a ring buffer: give train.buffer"),
+        (
+            {"stream": {}, "train": {"buffer": {}}, "resources": {"train_workers": 2}},
+            "each of 2 workers on one SAE would harvest the whole stream",
+        ),
+        (
+            {"stream": {}, "train": {"buffer": {}, "objective": {"mse": {"row_weight": "w"}}}},
+            "MSE reads the column 'w', which rows of a stream do not have",
+        ),
+        (
+            {"stream": {}, "train": {"buffer": {}}, "tune": {"trials": 8}},
+            "every trial of tune would harvest the whole stream",
+        ),
     ],
 )
 def test_sections_that_do_not_go_together_are_refused_as_the_recipe_is_read(content, told):
