@@ -63,6 +63,18 @@ def run(path: RecipePath, store: StoreOption = None) -> None:
 
 
 @app.command()
+def harvest(path: RecipePath, store: StoreOption = None) -> None:
+    """Read the activations of a recipe into the store, and nothing more.
+
+    Example: [bold]sparsemill harvest recipes/quickstart.yaml[/]
+    """
+    from flows import running, showing
+
+    chosen = _load(path, store)
+    showing.harvested(console, chosen.store, running.run_harvest(chosen))
+
+
+@app.command()
 def tune(
     path: RecipePath,
     trials: Annotated[

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from prefect import task
+from prefect import flow, task
 from prefect.runtime import task_run
 
 from flows import session, stages
@@ -81,6 +81,18 @@ def harvest(recipe: Recipe) -> str:
         raise
     bar.finish(f"{recipe.host.summary()} → {wanted[0].key}")
     return wanted[0].key
+
+
+@flow(name="harvest", flow_run_name="{recipe.name} harvest", log_prints=False)
+def harvest_alone(recipe: Recipe) -> list[str]:
+    """Read the activations and nothing more.
+
+    Returns:
+        The key of each place that is read, the recipe's own first.
+    """
+    with session.opened(recipe):
+        harvest(recipe)
+    return [stage.key for stage in stages.harvested(recipe)]
 
 
 class _Pace:

@@ -47,6 +47,23 @@ def run(recipe: Recipe) -> dict[str, str]:
     return _served(recipe, store, stages.pending(recipe, store), work)
 
 
+def run_harvest(recipe: Recipe) -> list[str]:
+    """Read the recipe's activations; returns the key of each place that is read.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `run`.
+    """
+    store = Store.open(recipe.store, writable=True)
+    todo = not all(stage.done(store) for stage in stages.harvested(recipe))
+
+    def work() -> list[str]:
+        from flows.harvesting import harvest_alone
+
+        return harvest_alone(recipe)
+
+    return _served(recipe, store, todo, work)
+
+
 def run_sweep(recipe: Recipe, vary: Sequence[str]) -> list[tuple[dict[str, Any], str | Diverged]]:
     """Train a grid of SAEs; returns what varies and the key of each, or why it diverged.
 

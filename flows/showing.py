@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flows.display import figure
 from sae_ext import hosts
-from sae_ext.artefacts import campaigns, features, saes
+from sae_ext.artefacts import activations, campaigns, features, saes
 from sae_ext.errors import Diverged, UserError
 from sae_ext.metrics.stability import agreement
 from sae_ext.store import KINDS, Manifest, Store
@@ -49,6 +49,13 @@ def report(console: Console, url: str, campaign: str, out: Path | None) -> None:
     differs = manifest.extra["differs_in_saelens"]
     said = "loads in SAELens" if differs is None else f"not for SAELens: {differs}"
     console.print(f"export  {folder}/export  [dim]({escape(said)})[/]", soft_wrap=True)
+
+
+def harvested(console: Console, url: str, keys: Sequence[str]) -> None:
+    """What was read at each place, and its key."""
+    store = Store.open(url)
+    for key in keys:
+        console.print(f"{key}  {_gist(store.manifest(activations.KIND, key))}", soft_wrap=True)
 
 
 def sweep(

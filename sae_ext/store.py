@@ -401,6 +401,14 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(kind, key, name))
 
+    def prune(self, kind: str, key: str) -> None:
+        """Remove folders of an artefact that hold nothing; an object store has none."""
+        if not self.is_local:
+            return
+        for folder, _, _ in os.walk(self.path(kind, key), topdown=False):
+            with contextlib.suppress(OSError):  # it holds something
+                Path(folder).rmdir()
+
     def sweep(self, kind: str, key: str) -> None:
         """Remove temporary files that dead processes of this machine left in an artefact's folder."""
         folder = Path(self.path(kind, key))

@@ -98,3 +98,4 @@ def remove(store: Store, which: Idle) -> None:
     """Remove it, the manifest first: what is cut short here is not taken for whole."""
     for name in sorted(which.names, key=lambda name: name != MANIFEST):
         store.remove(which.kind, which.key, name)
+    store.prune(which.kind, which.key)

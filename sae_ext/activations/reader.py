@@ -128,16 +128,27 @@ class Activations(Dataset):
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """The given global rows in the given order, as float32 [len(rows), d_in]."""
-        out = torch.empty(len(rows), self.d_in)
-        ascending = np.argsort(rows)  # a shard is read from front to back
-        bounds = np.searchsorted(rows[ascending], self.offsets)
+        order = np.argsort(rows)  # a shard is read from front to back
+        ascending = rows[order]
+        bounds = np.searchsorted(ascending, self.offsets)
         if bounds[-1] - bounds[0] != len(rows):
             raise IndexError(f"rows are numbered 0 to {self.n_rows - 1}")
-        for index in np.flatnonzero(np.diff(bounds)).tolist():
-            places = ascending[bounds[index] : bounds[index + 1]]
-            here = torch.from_numpy(rows[places] - self.offsets[index])
-            out[torch.from_numpy(places)] = self.shard(index)[here].float()
-        return out
+        out = torch.empty(len(rows), self.d_in)
+        touched = np.flatnonzero(np.diff(bounds)).tolist()
+        if (rows[1:] - rows[:-1] == 1).all():  # as they are stored: nothing need be looked up
+            for index in touched:
+                start, stop = (int(b) for b in bounds[index : index + 2])
+                first = int(rows[start] - self.offsets[index])
+                out[start:stop] = self.shard(index)[first : first + stop - start]
+            return out
+        found = torch.empty(len(rows), self.d_in, dtype=self.shard(touched[0]).dtype)
+        for index in touched:
+            start, stop = (int(b) for b in bounds[index : index + 2])
+            here = torch.from_numpy(ascending[start:stop] - self.offsets[index])
+            torch.index_select(self.shard(index), 0, here, out=found[start:stop])
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return found.index_select(0, torch.from_numpy(place)).float()
 
     def column(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """A column of the documents, such as "label", for the given rows.

@@ -204,6 +204,9 @@ class TransformerHost(Host):
             self._root = getattr(self.model, config.half, self.model)
             self._net = self._root if config.half == "encoder" else self.model
         self._places = [_place(self._root, settings, hook) for hook in config.hooks()]
+        self._vocabulary = int(getattr(settings, "vocab_size", 0)) or len(tokenizer)
+        pad = tokenizer.pad_token_id or 0
+        self._pad = pad if pad < self._vocabulary else 0  # one that was added to the tokenizer alone
 
     @classmethod
     def load(cls, config: Transformer, device: str = "cpu") -> TransformerHost:
@@ -268,11 +271,16 @@ class TransformerHost(Host):
 
     def _padded(self, ids: Sequence[npt.NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask, padded on the right, whatever the tokenizer does."""
-        tokens = torch.full((len(ids), max(map(len, ids))), self.tokenizer.pad_token_id or 0)
+        tokens = torch.full((len(ids), max(map(len, ids))), self._pad)
         mask = torch.zeros_like(tokens)
         for line, each in enumerate(ids):
             tokens[line, : len(each)] = torch.from_numpy(each)
             mask[line, : len(each)] = 1
+        if (largest := int(tokens.max())) >= self._vocabulary:
+            raise UserError(
+                f"host.model {self.config.model!r}: the tokenizer gives the token {largest}, but the model knows "
+                f"{self._vocabulary}: they do not belong together, put the model's own tokenizer into its folder"
+            )
         return tokens, mask
 
     def _windows(self, documents: Sequence[Document]) -> tuple[list[_Window], dict[int, str]]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_up_campaign import MODEL, commit_campaign
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_ext import hosts
 from sae_ext.activations.reader import Activations
 from sae_ext.architectures import Architecture, ReLU, Thresholds, TopK
 from sae_ext.architectures.base import four, initial_weights
 from sae_ext.artefacts import activations, campaigns, saes
 from sae_ext.errors import UserError
-from sae_ext.interchange import saelens
+from sae_ext.interchange import cached_activations, saelens
 from sae_ext.model import CFG_FILE, SAE
 from sae_ext.ops import SparseCode
 from sae_ext.store import Manifest, Store
@@ -24,6 +26,7 @@ from sae_ext.store import Manifest, Store
 sae_lens = pytest.importorskip(
     "sae_lens", reason="SAELens is not installed: pip install 'sparsemill[external]'"
 )
+ActivationsStore = pytest.importorskip("sae_lens.training.activations_store").ActivationsStore
 
 D_IN, D_SAE, ROWS, K = 24, 96, 200, 7
 METADATA = {"model_name": "made-up-model", "hook_name": "residual_after_block_3"}
@@ -357,3 +360,27 @@ def test_a_campaigns_export_holds_a_firing_rate_for_each_feature(export_folder):
     sparsity = load_file(export_folder / "sparsity.safetensors")["sparsity"]
     assert sparsity.shape == (theirs.cfg.d_sae,)
     assert (sparsity <= 0).all()
+
+
+# -- activations ---------------------------------------------------------------------------------
+
+
+def test_exported_activations_are_what_saelens_reads_from_its_cache(campaign, tmp_path):
+    pytest.importorskip("datasets")
+    store, manifest = campaign
+    rows = Activations(store, manifest.inputs[activations.KIND])
+    contexts, _ = cached_activations.write(rows, tmp_path / "cache", 8)
+    described = hosts.from_content(rows.manifest.config["host"]).described()
+    reading = ActivationsStore(
+        model=None, dataset=None, streaming=False, hook_name=described["hook_name"],
+        hook_head_index=None, context_size=8, d_in=rows.d_in, n_batches_in_buffer=2,
+        total_training_tokens=1000, store_batch_size_prompts=4, train_batch_size_tokens=32,
+        prepend_bos=False, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
+        cached_activations_path=str(tmp_path / "cache"),
+    )  # fmt: skip
+    ids = torch.tensor(rows.provenance(0)["token_id"].to_pylist())
+    for start in range(0, contexts * 8 - 32, 32):
+        x, tokens = reading.get_raw_llm_batch()
+        wanted = rows.gather(np.arange(start, start + 32))
+        assert torch.equal(x.reshape(32, -1).float(), wanted)
+        assert torch.equal(tokens.reshape(-1).long(), ids[start : start + 32])

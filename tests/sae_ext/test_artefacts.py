@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 
+from sae_ext.activations.harvest import harvest_unit, parts
 from sae_ext.activations.reader import Activations
 from sae_ext.activations.shards import (
     documents_file,
@@ -34,6 +36,7 @@ from sae_ext.config import (
 )
 from sae_ext.errors import CorruptArtefact, Stopped, UserError
 from sae_ext.hosts import Hook, Transformer
+from sae_ext.hosts.transformer import TransformerHost
 from sae_ext.metrics import evaluate
 from sae_ext.model import SAE
 from sae_ext.schedules import Schedule
@@ -236,6 +239,35 @@ def test_only_the_shards_that_miss_a_file_are_to_be_made(copied):
     for number, file in enumerate((shard_file, provenance_file, documents_file, unit_file)):
         copied.store.remove("activations", key, file(number))
     assert activations.made(copied.store, key) == set(range(4, n))
+
+
+def test_a_disk_that_takes_no_more_in_the_middle_of_a_unit_leaves_nothing_half_written(
+    pipeline, copied, host
+):
+    store, key, config = copied.store, pipeline.key("activations"), pipeline.configs
+    before = {n: store.read("activations", key, n) for n in store.names("activations", key, "")}
+    size = len(before[shard_file(1)])
+    for name in (shard_file(1), unit_file(1), "manifest.json"):
+        store.remove("activations", key, name)
+    _, documents = list(parts(config.host.documents(config.corpus), config.harvest))[1]
+    reading = TransformerHost(host.model, host.tokenizer, config.host)
+    (shard,) = harvest_unit(reading, documents, config.harvest, config.corpus)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))
+    try:
+        with pytest.raises(UserError, match=r"shard-00001\.safetensors cannot be written"):
+            activations.put(store, key, 1, shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 1 not in activations.made(store, key)
+    assert set(store.names("activations", key, "")) < set(before)
+    activations.put(store, key, 1, shard)
+    stage = pipeline.stages["activations"]
+    activations.commit(store, stage, len(activations.made(store, key)), {})
+    after = {n: store.read("activations", key, n) for n in store.names("activations", key, "")}
+    assert {n: d for n, d in after.items() if n != "manifest.json"} == {
+        n: d for n, d in before.items() if n != "manifest.json"
+    }
 
 
 # -- SAEs ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -320,6 +321,27 @@ def t5(vocabulary: int) -> Any:
         vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2,
         decoder_start_token_id=0,
     ))  # fmt: skip
+
+
+def test_a_tokenizer_of_another_model_is_told(host, tmp_path):
+    torch.manual_seed(0)
+    gpt2(200).save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    opened = Transformer(model=str(tmp_path), layer=1).open()
+    with pytest.raises(UserError, match="but the model knows 200: they do not belong together"):
+        opened.read(DOCUMENTS, torch.float32)
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows_does_no_harm(host, tmp_path):
+    folder = saved(tmp_path, gpt2, host)
+    plain = Transformer(model=folder, layer=1).open()
+    (wanted,) = plain.read(DOCUMENTS, torch.float32)
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<a new one>"})
+    assert tokenizer.pad_token_id == len(host.tokenizer)
+    other = TransformerHost(plain.model, tokenizer, plain.config)
+    (found,) = other.read(DOCUMENTS, torch.float32)
+    assert torch.equal(found.x, wanted.x)
 
 
 def hidden_states(host: TransformerHost, **more: Any) -> Callable[[int, str], Tensor]:

@@ -96,7 +96,7 @@ def test_what_is_removed_is_gone_and_nothing_else(store):
     }  # fmt: skip
     assert found(store) == set()
     assert all(c.wrong is None for c in upkeep.verify(store, ALL[:3]))
-    assert not Path(store.path("saes", "d", "one")).exists()
+    assert not Path(store.path("saes", "d")).exists()
 
 
 def test_the_manifest_goes_first(store, monkeypatch):
