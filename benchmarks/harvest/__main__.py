@@ -28,8 +28,8 @@ from workers.cluster import Cluster
 
 _CSV = Path(__file__).parents[1] / "results" / "harvest.csv"
 _SECTIONS = ("speed", "memory", "reading", "kills")
-_SPEED_DOCUMENTS, _MEMORY_DOCUMENTS, _KILL_DOCUMENTS = 1200, 1200, 1000
-_RECIPE = {"name": "harvest", "host": {"layer": 3, "max_tokens": 510}, "harvest": {"unit_kb": 64}}
+_SPEED_DOCUMENTS, _MEMORY_DOCUMENTS, _KILL_DOCUMENTS = 2400, 1200, 1000
+_RECIPE = {"name": "harvest", "host": {"layer": 3, "max_tokens": 510}, "harvest": {"unit_kb": 16}}
 _MB = 1e6
 
 
@@ -117,7 +117,7 @@ def _memory(work: Path) -> list[Bar]:
 
 
 def _reading(work: Path) -> list[Bar]:
-    recipe = _recipe(4 * _SPEED_DOCUMENTS)
+    recipe = _recipe(2 * _SPEED_DOCUMENTS)
     speed.harvested(recipe, 2, work / "read")
     store = Store.open(str(work / "read"))
     (key,) = store.list("activations")
@@ -139,10 +139,7 @@ def _reading(work: Path) -> list[Bar]:
 
 def _kills(moments: int, work: Path) -> list[Bar]:
     path = work / "kills.yaml"
-    recipe = _recipe(_KILL_DOCUMENTS).model_copy(
-        update={"harvest": recipes.parse({"name": "n", "harvest": {"unit_kb": 16}}).harvest}
-    )
-    path.write_text(recipes.to_yaml(recipe), encoding="utf-8")
+    path.write_text(recipes.to_yaml(_recipe(_KILL_DOCUMENTS)), encoding="utf-8")
     same = kills.survived(path, work, moments, lambda line: print(line, flush=True))
     return [
         Bar(f"same store after a kill of {kind}, of {moments}", float(count), ">=", float(moments))

@@ -83,7 +83,10 @@ def shuffle_overhead(data: Activations, tell: Callable[[str], None]) -> float:
     rows = Rows([0], [data.n_rows])
     learners = []
     for _ in range(2):
-        learner = Learner(SAEConfig(d_sae=8 * data.d_in), TrainConfig(), {})
+        learner = Learner(
+            SAEConfig(d_sae=8 * data.d_in), TrainConfig(), {},
+            device=torch.device("cpu"), group=None,
+        )  # fmt: skip
         learner.begin(data.d_in, torch.tensor(facts["mean"], dtype=torch.float64) * scale)
         learners.append(learner)
     seconds: list[list[float]] = [[], []]

@@ -29,7 +29,7 @@ class Harvested(NamedTuple):
 
     rows: int
     rows_per_second: float
-    """From the first worker that holds the model to the manifest."""
+    """Of the units that are made once every worker holds the model, until the manifest is there."""
     peak: int
     """Resident memory of the largest worker, in bytes, at its highest."""
 
@@ -41,13 +41,16 @@ def harvested(recipe: Recipe, workers: int, folder: Path) -> Harvested:
     plan = list(parts(recipe.host.documents(recipe.corpus), recipe.harvest))
     loaded: list[float] = []
     peaks: list[int] = []
+    counted: list[int] = []
 
     def on_event(_job: int, event: Event) -> None:
-        if isinstance(event, Update) and not loaded:
+        if isinstance(event, Update):
             loaded.append(time.perf_counter())
+            counted.clear()
 
     def on_result(_job: int, value: tuple[int, float, str]) -> None:
         peaks.append(_peak(int(value[2].rpartition("-")[2])))
+        counted.append(value[0])
 
     pool.run(
         HarvestWorker,
@@ -56,7 +59,7 @@ def harvested(recipe: Recipe, workers: int, folder: Path) -> Harvested:
         workers=workers, cpus=1, on_event=on_event, on_result=on_result,
     )  # fmt: skip
     rows = activations.commit(store, stage, len(plan), {}).extra["n_rows"]
-    return Harvested(rows, rows / (time.perf_counter() - loaded[0]), max(peaks))
+    return Harvested(rows, sum(counted) / (time.perf_counter() - loaded[-1]), max(peaks))
 
 
 def loaded_memory(recipe: Recipe) -> int:
@@ -113,8 +116,9 @@ def _child(path: Path, what: str) -> None:
         print(bare.rows_per_second(1))
         return
     host: Any = recipe.host.open()
+    for weight in host.model.parameters():  # they are mapped, and take memory once they are read
+        weight.sum()
     print(psutil.Process().memory_info().rss)
-    del host
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from sae_ext.errors import UserError
 from sae_ext.hosts import Found, Host
 
 _ROW_BYTES = 4  # a document without text counts as a token of English does
-_SUM_ROWS = 8192
+_SUM_ROWS = 1024
 
 
 class Unit(NamedTuple):
@@ -157,7 +157,10 @@ def provenance_table(documents: Sequence[Document], found: Found) -> pa.Table:
     no tokens).
     """
     n = len(found.position)
-    names = np.repeat(np.array([d.doc_id for d in documents], dtype=object), found.counts)
+    # Put together here: pyarrow would import pandas to look through an array of objects.
+    giving = np.flatnonzero(found.counts)
+    place = np.repeat(np.arange(len(giving), dtype=np.int32), found.counts[giving])
+    names = pa.array([documents[d].doc_id for d in giving.tolist()], pa.string())
     ids = pa.nulls(n, pa.int32()) if found.token_id is None else pa.array(found.token_id)
     texts = (
         pa.nulls(n, pa.string())
@@ -166,7 +169,7 @@ def provenance_table(documents: Sequence[Document], found: Found) -> pa.Table:
     )
     return pa.table(
         {
-            "doc_id": pa.array(names, pa.string()).dictionary_encode(),
+            "doc_id": pa.DictionaryArray.from_arrays(pa.array(place), names),
             "position": pa.array(found.position, pa.int32()),
             "token_id": ids,
             "token_text": texts.dictionary_encode(),

@@ -107,8 +107,9 @@ class Transformer(Hook, HostConfig):
     """Leave out [CLS], [SEP] and the like: their activations are large and say little."""
     max_norm: float | None = None
     """Leave out rows longer than so many times the median of those read together: attention sinks."""
-    batch_tokens: int = 4096
-    """Tokens per forward pass, padding included; texts of like length share a batch."""
+    batch_tokens: int = 1024
+    """Tokens per forward pass, padding included; texts of like length share a batch. So few that what a block
+    computes stays in a CPU's cache; a GPU wants 16384 and more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +207,9 @@ class TransformerHost(Host):
         self._places = [_place(self._root, settings, hook) for hook in config.hooks()]
         self._vocabulary = int(getattr(settings, "vocab_size", 0)) or len(tokenizer)
         pad = tokenizer.pad_token_id or 0
-        self._pad = pad if pad < self._vocabulary else 0  # one that was added to the tokenizer alone
+        self._pad = (
+            pad if pad < self._vocabulary else 0
+        )  # one that was added to the tokenizer alone
 
     @classmethod
     def load(cls, config: Transformer, device: str = "cpu") -> TransformerHost:
