@@ -21,7 +21,8 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +40,7 @@ Content = bytes | Sequence[memoryview]
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _CHUNK = 1 << 22
+_AT_ONCE, _AHEAD = 32, 1024  # files read from elsewhere at once, and held at most
 _FETCHED = "fetched"
 KINDS = ("activations", "saes", "trials", "features", "interpretations", "campaigns")
 
@@ -222,18 +224,34 @@ class Store:
         except FileNotFoundError:
             raise UserError(f"{kind}/{key} has no file {name} in {self.url}") from None
 
+    def read_all(self, kind: str, key: str, names: Sequence[str]) -> Iterator[bytes]:
+        """The bytes of many files, in order; from elsewhere several at once, as each is a round trip."""
+        if self.is_local:
+            yield from (self.read(kind, key, name) for name in names)
+            return
+        with ThreadPoolExecutor(_AT_ONCE, "read-store") as pool:
+            for start in range(0, len(names), _AHEAD):
+                part = names[start : start + _AHEAD]
+                yield from pool.map(lambda name: self.read(kind, key, name), part)
+
     def read_table(
         self, kind: str, key: str, name: str, columns: Sequence[str] | None = None
     ) -> pa.Table:
         """One Parquet file as a table, or some of its columns."""
-        path = self.path(kind, key, name)
-        try:
-            return pq.read_table(
-                io.BytesIO(self.read(kind, key, name)),
-                columns=None if columns is None else [*columns],
-            )
-        except pa.ArrowInvalid as error:
-            raise _corrupt(path, f"is not a readable table ({_first_line(error)})") from error
+        (found,) = self.read_tables(kind, key, [name], columns)
+        return found
+
+    def read_tables(
+        self, kind: str, key: str, names: Sequence[str], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Many Parquet files as tables, or some of their columns, in order."""
+        wanted = None if columns is None else [*columns]
+        for name, data in zip(names, self.read_all(kind, key, names), strict=True):
+            try:
+                yield pq.read_table(io.BytesIO(data), columns=wanted)
+            except pa.ArrowInvalid as error:
+                path = self.path(kind, key, name)
+                raise _corrupt(path, f"is not a readable table ({_first_line(error)})") from error
 
     def local(self, kind: str, key: str, name: str, *, verify: bool = False) -> Path:
         """A path on this machine's disk to a file of the store, fetched and checked when remote.

@@ -20,7 +20,7 @@ from sae_ext.training.learner import Learner
 
 _BATCH = 2048
 _CHUNK = 1 << 22
-_TURN, _TURNS, _WARM = 20, 12, 4
+_TURN, _TURNS, _WARM = 20, 16, 4
 
 
 class Rates(NamedTuple):
@@ -73,33 +73,31 @@ def _shuffled(data: Activations, rows: Rows) -> None:
 
 
 def shuffle_overhead(data: Activations, tell: Callable[[str], None]) -> float:
-    """How much longer steps of a training take with shuffled rows than with rows in stored order: the share.
+    """How much longer steps of a training take while shuffled rows are read than while rows in stored order are.
 
-    The same number of steps of two trainings (d_sae 8 · d_in, past the dense beginning) in turns, both read ahead
-    by a thread.
+    Steps of one training (d_sae 8 · d_in, past the dense beginning) in turns, on the same batches, while a thread
+    reads ahead the one way or the other. Returns the share.
     """
     facts = data.manifest.extra
     scale = data.d_in**0.5 / facts["mean_norm"]
     rows = Rows([0], [data.n_rows])
-    learners = []
-    for _ in range(2):
-        learner = Learner(
-            SAEConfig(d_sae=8 * data.d_in), TrainConfig(), {},
-            device=torch.device("cpu"), group=None,
-        )  # fmt: skip
-        learner.begin(data.d_in, torch.tensor(facts["mean"], dtype=torch.float64) * scale)
-        learners.append(learner)
+    learner = Learner(
+        SAEConfig(d_sae=8 * data.d_in), TrainConfig(), {}, device=torch.device("cpu"), group=None
+    )
+    learner.begin(data.d_in, torch.tensor(facts["mean"], dtype=torch.float64) * scale)
     seconds: list[list[float]] = [[], []]
     with (
         EpochRows(data, rows, _BATCH, seed=0) as shuffled,
         EpochRows(_Straight(data), rows, _BATCH, seed=0) as straight,
     ):
+        batches = [shuffled.next().x * scale for _ in range(_TURN)]
         for turn in range(_TURNS):
             for which, source in enumerate((shuffled, straight)):
                 began = time.perf_counter()
-                for _ in range(_TURN):
-                    learners[which].step(source.next().x * scale, {})
-                learners[which].settle()
+                for batch in batches:
+                    source.next()
+                    learner.step(batch, {})
+                learner.settle()
                 if turn >= _WARM:
                     seconds[which].append(time.perf_counter() - began)
     for name, spent in zip(("shuffled", "stored order"), seconds, strict=True):

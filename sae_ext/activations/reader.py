@@ -55,10 +55,8 @@ class Activations(Dataset):
         return self._documents()
 
     def _documents(self, columns: list[str] | None = None) -> pa.Table:
-        tables = [
-            self.store.read_table("activations", self.key, documents_file(i), columns)
-            for i in range(len(self.shard_rows))
-        ]
+        names = [documents_file(i) for i in range(len(self.shard_rows))]
+        tables = list(self.store.read_tables("activations", self.key, names, columns))
         for name in tables[0].column_names:
             kinds = {t.schema.field(name).type for t in tables} - {pa.null()}
             if len(kinds) > 1:  # texts in some shards, numbers alone in others

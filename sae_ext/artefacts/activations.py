@@ -89,8 +89,9 @@ def commit(store: Store, stage: Stage, units: int, timings: Mapping[str, float])
     rows: list[int] = []
     documents, rejected, d_in = 0, Counter[str](), 0
     total: dict[str, npt.NDArray[np.float64]] = {}
-    for number in range(units):
-        facts, sums, own = _unit(store, stage.key, number)
+    names = [unit_file(number) for number in range(units)]
+    for number, data in enumerate(store.read_all(KIND, stage.key, names)):
+        facts, sums, own = _unit(store, stage.key, number, data)
         files |= {**facts["files"], unit_file(number): own}
         rows.append(facts["rows"])
         documents += facts["documents"]
@@ -136,11 +137,10 @@ def _counted(rejected: Mapping[str, int]) -> str:
 
 
 def _unit(
-    store: Store, key: str, number: int
+    store: Store, key: str, number: int, data: bytes
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.float64]], dict[str, Any]]:
     """What a unit has come to: facts, sums, and size and checksum of the file that says so."""
     name = unit_file(number)
-    data = store.read(KIND, key, name)
     try:
         size = int.from_bytes(data[:8], "little")
         facts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["facts"])

@@ -135,10 +135,13 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, corpus_file: Path) -> Any:
-    """Write the tiny recipe with some changes; returns its path."""
+    """Write the tiny recipe with some changes; returns its path.
+
+    One worker, as each imports torch anew; how many there are changes no byte.
+    """
 
     def write(**changes: Any) -> Path:
-        content = {**TINY, "corpus": {"source": str(corpus_file)}}
+        content = {**TINY, "corpus": {"source": str(corpus_file)}, "resources": {"workers": 1}}
         for name, value in changes.items():
             old = content.get(name)
             content[name] = (

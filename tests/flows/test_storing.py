@@ -46,7 +46,7 @@ def test_several_places_are_read_in_one_pass_and_found_by_recipes_that_want_one(
 
 
 def test_a_harvest_whose_worker_dies_goes_on_by_itself(sparsemill, recipe_file, finished, tmp_path):
-    path = recipe_file(harvest={"unit_kb": 0.5})
+    path = recipe_file(harvest={"unit_kb": 0.5}, resources={"workers": 2})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert sparsemill("harvest", str(path), "--store", str(whole)).wait() == 0
     command = sparsemill("harvest", str(path), "--store", str(killed))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +18,21 @@ from hypothesis import strategies as st
 
 from sae_ext import corpora
 from sae_ext.activations.harvest import Shard, harvest_unit, parts, row_sums, size_of, units
-from sae_ext.config import CorpusConfig, HarvestConfig
+from sae_ext.activations.reader import Activations
+from sae_ext.activations.shards import (
+    contents,
+    documents_file,
+    provenance_file,
+    shard_file,
+    unit_file,
+)
+from sae_ext.artefacts import Stage, activations
+from sae_ext.config import CorpusConfig, HarvestConfig, to_dict
 from sae_ext.corpora import Document, Rejected
 from sae_ext.errors import UserError
 from sae_ext.hosts import Transformer
 from sae_ext.hosts.transformer import TransformerHost
+from sae_ext.store import Store
 
 CORPUS = CorpusConfig(source="made-up.jsonl")
 
@@ -249,3 +261,37 @@ def test_a_corpus_is_read_into_units_with_what_cannot_be_read(tmp_path):
     assert len(found) == 2
     names = [d.where if isinstance(d, Rejected) else d.doc_id for _, ds in found for d in ds]
     assert names == ["d0", "d1", f"{path}, line 3", "d2", "d3", "d4", "d5"]
+
+
+def test_a_hundred_thousand_units_are_committed_and_opened_in_bounded_memory(tmp_path):
+    """All but the rows: what each unit came to, the manifest over 400,000 files, and a reader of it."""
+    import resource
+
+    count = 100_000
+    store = Store.open(str(tmp_path), writable=True)
+    parts = {"corpus": CORPUS, "host": Transformer(), "harvest": HarvestConfig()}
+    stage = Stage("activations", {name: to_dict(part) for name, part in parts.items()}, {})
+    folder = Path(store.path("activations", stage.key))
+    folder.mkdir(parents=True)
+    sums = {"sum": torch.ones(4), "sum_sq": torch.full((4,), 2.0), "norm_sum": torch.ones(1)}
+    sums = {name: value.double() for name, value in sums.items()}
+    facts = {"rows": 32_000, "d_in": 4, "documents": 60, "rejected": {}}
+    for number in range(count):
+        files = {
+            name(number): {"sha256": f"{number:064x}", "bytes": 1}
+            for name in (shard_file, provenance_file, documents_file)
+        }
+        told = json.dumps({**facts, "files": files})
+        (folder / unit_file(number)).write_bytes(b"".join(contents(sums, {"facts": told})))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    activations.commit(store, stage, count, {})
+    data = Activations(store, stage.key)
+    seconds = time.monotonic() - began
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    shutil.rmtree(folder)
+    assert data.n_rows == count * 32_000
+    assert len(data.manifest.files) == 4 * count
+    assert data.where(count * 32_000 - 1).endswith("shard-99999.safetensors, row 31999")
+    assert grown < 1000, "MiB"
+    assert seconds < 120
