@@ -8,7 +8,7 @@ import operator
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,3 +84,12 @@ class Bar(NamedTuple):
             return f"{self.what} not measured ({self.relation} {self.target:g})"
         verdict = "MISSED" if self.missed else "ok"
         return f"{self.what} {shown(self.measured)} {self.relation} {self.target:g} {verdict}"
+
+
+def missed_any(bars: Sequence[Bar], path: Path) -> bool:
+    """Print a line for each bar and add it to a CSV file; whether one is missed."""
+    for bar in bars:
+        print(f"bar: {bar}", flush=True)
+        figures = {"bar": bar.what, "measured": bar.measured, "target": bar.target}
+        append(path, {**machine(), **figures, "missed": str(bar.missed)})
+    return any(bar.missed for bar in bars)

@@ -113,7 +113,7 @@ def run(
                 raise Stopped
             for each in ready:
                 if each in starting:
-                    _mapped(ray.get, each)
+                    mapped(ray.get, each)
                     idle.append(starting.pop(each))
                     continue
                 index, actor = running[each]
@@ -154,13 +154,13 @@ def _let_save(running: dict[Any, tuple[int, Any]]) -> None:
 def _next_event(stream: Any) -> Event | None:
     """The next thing a job sent; None at its end."""
     try:
-        event: Event = _mapped(lambda: ray.get(next(stream)))
+        event: Event = mapped(lambda: ray.get(next(stream)))
     except StopIteration:
         return None
     return event
 
 
-def _mapped(get: Callable[..., Any], *arguments: Any) -> Any:
+def mapped(get: Callable[..., Any], *arguments: Any) -> Any:
     """Ray's errors as what they mean here: the job's own exception, or a dead worker."""
     try:
         return get(*arguments)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
 from sae_ext.activations.dataset import Stream
@@ -23,7 +22,7 @@ from sae_ext.config import CorpusConfig, HarvestConfig
 from sae_ext.corpora import Document
 from sae_ext.errors import Stopped, UserError
 from sae_ext.hosts import Host, HostConfig
-from workers.pool import WorkerDied
+from workers.pool import mapped
 
 log = logging.getLogger("workers.stream")
 
@@ -124,14 +123,7 @@ def _waited(found: Any, stop: Callable[[], bool]) -> Any:
     while not ray.wait([found], timeout=_SLICE_SECONDS)[0]:
         if stop():
             raise Stopped("stopped while waiting for rows of the stream; a checkpoint is saved")
-    try:
-        return ray.get(found)
-    except RayTaskError as error:
-        if error.cause is not None:
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise WorkerDied(str(error).splitlines()[0]) from error
+    return mapped(ray.get, found)
 
 
 def _fitting(size: int, feeders: Feeders) -> int:

@@ -60,14 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     missed = False
 
-    def found(bars: Sequence[Bar]) -> None:
-        # At once: a later section may fail.
+    def found(bars: Sequence[Bar]) -> None:  # at once, as a later section may fail
         nonlocal missed
-        for bar in bars:
-            _say(f"bar: {bar}")
-            figures = {"bar": bar.what, "measured": bar.measured, "target": bar.target}
-            records.append(_CSV, {**records.machine(), **figures, "missed": str(bar.missed)})
-            missed |= bar.missed
+        missed |= records.missed_any(bars, _CSV)
 
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         work = Path(folder)
