@@ -15,7 +15,7 @@ import yaml
 from flows import recipe as recipes
 from flows import stages
 from flows.recipe import Recipe
-from sae_ext.artefacts import Stage
+from sae_ext.artefacts import Stage, saes
 from sae_ext.errors import UserError
 from sae_ext.training.run import require_one_pass
 
@@ -61,5 +61,6 @@ def variants(recipe: Recipe, vary: Sequence[str]) -> list[Variant]:
 
 def stages_of(recipe: Recipe, points: Sequence[Variant]) -> list[Stage]:
     """The stages of a sweep: the activations, then one SAE a point."""
-    source = stages.of_activations(recipe)
-    return [source, *(stages.sae_on(p.recipe, p.recipe.train, source.key) for p in points)]
+    source, stream = stages.of_activations(recipe), stages.streaming(recipe)
+    trained = (saes.stage(p.recipe.sae, p.recipe.train, source.key, stream) for p in points)
+    return [source, *trained]

@@ -122,6 +122,13 @@ class Recipe(BaseModel):
             folders=False,
             streamed=self.stream is not None,
         )
+        for name in ("validation_percent", "test_percent", "split_by"):
+            kept, streamed = getattr(self.corpus, name), getattr(self.stream or self.corpus, name)
+            if kept != streamed:
+                raise UserError(
+                    f"stream.{name} is {streamed} and corpus.{name} {kept}: set both alike, or documents that "
+                    "judge would be trained on"
+                )
         if self.tune.trials and self.stream is not None:
             raise UserError(
                 "every trial of tune would harvest the whole stream: search without stream, then train with it"

@@ -53,6 +53,7 @@ def run_harvest(recipe: Recipe) -> list[str]:
     Raises:
         UserError, KeyboardInterrupt: as `run`.
     """
+    recipe = recipe.model_copy(update={"stream": None})  # which is for training
     store = Store.open(recipe.store, writable=True)
     todo = not all(stage.done(store) for stage in stages.harvested(recipe))
 

@@ -127,7 +127,7 @@ class Session:
         feeders = None
         if "stream" in wanted[0].config:
             feeders = self._feeders()
-            require_room_beside(cpus, r.train_gpus, feeders, len(parts))
+            require_room_beside(cpus, r.train_gpus, feeders)
         for stage in wanted:
             self.store.sweep(stage.kind, stage.key)
         diverged: dict[str, Diverged] = {}
@@ -155,7 +155,7 @@ class Session:
         """The harvest workers that a training on a stream has beside it."""
         recipe, r = self.recipe, self.resources
         assert recipe.stream is not None
-        host, corpus = recipe.host.portable(), corpora.portable(recipe.stream)
+        host, corpus = recipe.host.hooks()[0].portable(), corpora.portable(recipe.stream)
         return Feeders(host, corpus, recipe.harvest, r.workers, r.cpus_per_worker, r.harvest_gpus)
 
 

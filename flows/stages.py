@@ -11,8 +11,9 @@ from functools import lru_cache
 from flows.recipe import Recipe
 from sae_ext import corpora
 from sae_ext.activations.harvest import Unit, size_of, units
+from sae_ext.activations.streaming import of_stream
 from sae_ext.artefacts import Stage, activations, campaigns, features, interpretations, saes, trials
-from sae_ext.config import CorpusConfig, HarvestConfig, TrainConfig, with_changes
+from sae_ext.config import CorpusConfig, HarvestConfig, with_changes
 from sae_ext.errors import UserError
 from sae_ext.hosts import AnyHost
 from sae_ext.store import Store
@@ -42,15 +43,21 @@ def of_sae(recipe: Recipe, keys: Keys, store: Store) -> Stage:
     if trials.KIND in keys:
         best = store.manifest(trials.KIND, keys[trials.KIND]).extra["best"]
         config = with_changes(config, {"lr": best["lr"], trials.PENALTY: best["l1"]})
-    return sae_on(recipe, config, keys[activations.KIND])
+    return saes.stage(recipe.sae, config, keys[activations.KIND], streaming(recipe))
 
 
-def sae_on(recipe: Recipe, config: TrainConfig, source: str) -> Stage:
-    """The SAE of a recipe with that training, on activations or on a stream beside them."""
-    stream = None
-    if recipe.stream is not None:
-        stream = saes.Streaming(recipe.stream, recipe.host.documents_fingerprint(recipe.stream))
-    return saes.stage(recipe.sae, config, source, stream)
+def streaming(recipe: Recipe) -> saes.Streaming | None:
+    """The stream that is trained on, if there is one; reads its files for their hash.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if recipe.stream is None:
+        return None
+    try:
+        return saes.Streaming(recipe.stream, recipe.host.documents_fingerprint(recipe.stream))
+    except UserError as error:
+        raise of_stream(error) from error
 
 
 def of_features(recipe: Recipe, keys: Keys) -> Stage:
@@ -126,14 +133,14 @@ def check_stream(recipe: Recipe) -> None:
     """Look whether the stream's documents can be read.
 
     Raises:
-        UserError: there is a stream, and not one document can be read from it.
+        UserError: there is a stream, and it cannot be read.
     """
     if recipe.stream is None:
         return
     try:
         next(recipe.host.documents(recipe.stream))
     except UserError as error:
-        raise UserError(f"stream: {error}") from error
+        raise of_stream(error) from error
 
 
 def pending(recipe: Recipe, store: Store) -> bool:

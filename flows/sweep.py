@@ -15,7 +15,7 @@ from flows import session, stages
 from flows.harvesting import harvest
 from flows.policy import STAGE
 from flows.recipe import Recipe
-from sae_ext.artefacts import Stage, activations
+from sae_ext.artefacts import Stage, activations, saes
 from sae_ext.errors import Diverged
 
 
@@ -38,7 +38,8 @@ def train_together(
 ) -> list[str | Diverged]:
     """Train what is not in the store yet."""
     run, resources = session.current(), recipe.resources
-    wanted = [stages.sae_on(p, p.train, keys[activations.KIND]) for p in points]
+    source, stream = keys[activations.KIND], stages.streaming(recipe)
+    wanted = [saes.stage(p.sae, p.train, source, stream) for p in points]
     missing = [stage for stage in _different(wanted) if not stage.done(run.store)]
     diverged: dict[str, Diverged] = {}
     if missing:

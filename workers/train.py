@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from sae_ext import ops
+from sae_ext.activations.dataset import Stream
 from sae_ext.artefacts import Stage, saes
 from sae_ext.errors import Diverged
 from sae_ext.store import Store
@@ -113,7 +114,7 @@ class TrainWorker:
         steps = [0] * len(stages)
         work = saes.train_and_commit(
             self.store, stages, place=place, stop=self.stopping.is_set, on_line=on_line,
-            stream=None if self.feeders is None else fed_by(self.feeders, self.stopping.is_set),
+            stream=self._stream(stages),
         )  # fmt: skip
         while True:
             try:
@@ -130,6 +131,11 @@ class TrainWorker:
                 f"dead {100 * p.dead_fraction:.1f} %",
             ]
             yield Update(sum(steps), total, " · ".join(t for t in told if "nan" not in t))
+
+    def _stream(self, stages: Sequence[Stage]) -> Stream | None:
+        if self.feeders is None:
+            return None
+        return fed_by(self.feeders, stages[0].inputs["stream"], self.stopping.is_set)
 
 
 @contextmanager

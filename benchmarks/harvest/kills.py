@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from sae_ext import upkeep
 from sae_ext.artefacts import activations
 from sae_ext.store import Store
 
@@ -28,39 +30,50 @@ def survived(recipe: Path, work: Path, moments: int, tell: Callable[[str], None]
     whole = _Run(recipe, work / "whole")
     whole.until_begun()
     began = time.perf_counter()
+    whole.until_committed()
+    seconds = time.perf_counter() - began
     whole.finish()
-    seconds, wanted = time.perf_counter() - began, whole.digest()
+    wanted = whole.digest()
     rng = random.Random(0)
     found = dict.fromkeys(KINDS, 0)
     for number in range(moments):
         for kind in KINDS:
-            moment = rng.uniform(0, seconds)
-            store = work / f"{kind}-{number}"
-            killed = _killed(recipe, store, kind, moment)
+            units = None
+            while units is None:  # until one was killed before its end
+                moment = rng.uniform(0, seconds)
+                store = work / f"{kind}-{number}"
+                shutil.rmtree(store, ignore_errors=True)
+                units = _killed(recipe, store, kind, moment)
             again = _Run(recipe, store)
-            code = again.finish()
-            same = code == 0 and again.digest() == wanted
+            same = again.finish() == 0 and again.digest() == wanted
             found[kind] += same
             tell(
                 f"{kind:<6} killed {moment:4.1f} s after the first unit "
-                f"({killed} there): {'same bytes' if same else 'DIFFERENT'}"
+                f"({units} units there): {'same bytes' if same else 'DIFFERENT'}"
             )
     return found
 
 
-def _killed(recipe: Path, store: Path, kind: str, moment: float) -> str:
-    """Run until that moment, kill, and wait until it is all gone; how many units there were."""
+def _killed(recipe: Path, store: Path, kind: str, moment: float) -> int | None:
+    """Run until that moment, kill, and wait until it is all gone.
+
+    Returns:
+        How many units there were; None where there was nothing to kill any more.
+
+    Raises:
+        RuntimeError: a worker was killed, and the command did not go on by itself.
+    """
     run = _Run(recipe, store)
     run.until_begun()
     time.sleep(moment)
-    units = f"{run.units()} units"
-    if kind in ("worker", "both"):
-        run.kill_worker()
+    units = None if run.committed() else run.units()
+    if kind in ("worker", "both") and not run.kill_worker():
+        units = None
     if kind in ("driver", "both"):
         run.process.kill()
         run.process.wait()
-    else:
-        run.process.wait(_PATIENCE)  # it tries again by itself
+    elif run.finish():
+        raise RuntimeError(f"the command did not outlive its worker: see {run.log}")
     run.reap()
     return units
 
@@ -93,14 +106,24 @@ class _Run:
             self._look()
             time.sleep(0.05)
 
-    def kill_worker(self) -> None:
+    def committed(self) -> bool:
+        """Whether the manifest is there."""
+        return any(self.store.glob("activations/*/manifest.json"))
+
+    def until_committed(self) -> None:
+        """Wait for the manifest."""
+        while not self.committed() and self.process.poll() is None:
+            time.sleep(0.05)
+
+    def kill_worker(self) -> bool:
         """Kill the first harvest worker, if there is one."""
         self._look()
         for process in self._family.values():
             with contextlib.suppress(psutil.Error):
                 if "HarvestWorker" in "".join(process.cmdline()):
                     process.send_signal(signal.SIGKILL)
-                    return
+                    return True
+        return False
 
     def finish(self) -> int:
         """Wait for the end; the exit code."""
@@ -120,9 +143,11 @@ class _Run:
             self.process.kill()
 
     def digest(self) -> str:
-        """Hash over what was committed."""
+        """Hash over what was committed, every file of which is read and compared with its checksum."""
         store = Store(str(self.store))
         (key,) = store.list(activations.KIND)
+        if any(checked.wrong for checked in upkeep.verify(store, [(activations.KIND, key)])):
+            return "a file is not what was committed"
         return store.manifest(activations.KIND, key).digest
 
     def _look(self) -> None:

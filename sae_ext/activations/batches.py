@@ -258,7 +258,8 @@ class BufferedRows(BatchSource):
             if chunk is None:
                 return
             stop = min(len(chunk.rows), self._place + target - self.buffer.added)
-            self.buffer.add(chunk.x[self._place : stop], chunk.rows[self._place : stop])
+            if stop > self._place:  # a chunk without rows may not even have a width
+                self.buffer.add(chunk.x[self._place : stop], chunk.rows[self._place : stop])
             self._place = stop
             if stop == len(chunk.rows):
                 self._reader.drop()

@@ -13,8 +13,10 @@ the same bytes.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +28,11 @@ from sae_ext.activations.dataset import Batch, Dataset, Stream
 from sae_ext.activations.harvest import finite, parts
 from sae_ext.activations.order import Rows
 from sae_ext.config import CorpusConfig, HarvestConfig
-from sae_ext.corpora import Document, Split, bucket_of, split_masks
-from sae_ext.errors import UserError
+from sae_ext.corpora import Document, Rejected, Split, bucket_of, split_masks
+from sae_ext.errors import Stopped, UserError
 from sae_ext.hosts import Host, HostConfig
+
+log = logging.getLogger("sae_ext.streaming")
 
 
 class UnitRows(NamedTuple):
@@ -40,7 +44,7 @@ class UnitRows(NamedTuple):
     """Why documents gave no row, and how many."""
 
 
-RowsOf = Callable[[Iterator[list[Document]]], Iterator[UnitRows]]
+RowsOf = Callable[[Iterator[list[Document]]], Generator[UnitRows, None, None]]
 """Gives the rows of each unit of documents, in their order; may work ahead."""
 
 
@@ -82,34 +86,42 @@ class Streamed(Dataset):
 
 
 def streamed(
-    host: HostConfig, corpus: CorpusConfig, harvest: HarvestConfig, rows_of: RowsOf
+    host: HostConfig,
+    corpus: CorpusConfig,
+    harvest: HarvestConfig,
+    rows_of: RowsOf,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Stream:
     """The endless stream of a corpus' training rows, a unit of the harvest a chunk. A row's number is its place in
     the chunk.
 
     Raises (where it is read):
         UserError: the corpus cannot be read, or gives not one row to train on.
+        Stopped: `stop` said so while it looked for the place to begin at.
     """
 
     def chunks(first: int) -> Iterator[Batch]:
         passes: deque[int] = deque()
 
         def documents() -> Iterator[list[Document]]:
-            for number, unit in _units(host, corpus, harvest, first):
+            for number, unit in _units(host, corpus, harvest, first, stop):
                 passes.append(number)
                 yield unit
 
-        current, count, rejected = 0, first, Counter[str]()
-        for found in rows_of(documents()):
-            number = passes.popleft()
-            if number != current:
-                if not count:
+        current, count, rejected = None, 0, Counter[str]()
+        with closing(rows_of(documents())) as units:
+            for found in units:
+                number = passes.popleft()
+                if current is not None and number != current:
                     why = "".join(f", {n:,} {reason}" for reason, n in sorted(rejected.items()))
-                    raise UserError(f"stream: no document gives a row to train on{why}")
-                current, count = number, 0
-            count += len(found.x)
-            rejected.update(found.rejected)
-            yield Batch(found.x, np.arange(len(found.x)))
+                    if not (count or first):
+                        raise UserError(f"stream: no document gives a row to train on{why}")
+                    log.info("pass %d of the stream: %s rows%s", current + 1, f"{count:,}", why)
+                    count, rejected = 0, Counter()
+                current = number
+                count += len(found.x)
+                rejected.update(found.rejected)
+                yield Batch(found.x, np.arange(len(found.x)))
 
     return chunks
 
@@ -131,14 +143,20 @@ def unit_rows(host: Host, documents: Sequence[Document], harvest: HarvestConfig)
 
 
 def _units(
-    host: HostConfig, corpus: CorpusConfig, harvest: HarvestConfig, first: int
+    host: HostConfig,
+    corpus: CorpusConfig,
+    harvest: HarvestConfig,
+    first: int,
+    stop: Callable[[], bool],
 ) -> Iterator[tuple[int, list[Document]]]:
     """Units that have training documents, without the others of theirs, and the number of the pass; from the
     first-th of them on."""
     number = count = 0
     while True:
         before = count
-        for _, documents in parts(host.documents(corpus), harvest):
+        for _, documents in parts(_read(host, corpus), harvest):
+            if count < first and stop():
+                raise Stopped("stopped on the way to where the stream was")
             good = [d for d in documents if isinstance(d, Document)]
             if not good:
                 continue
@@ -160,3 +178,15 @@ def _units(
         ):  # how many there are is known now, so that no more passes are read in vain
             skipped = (first - count) // (count - before)
             number, count = number + skipped, count + skipped * (count - before)
+
+
+def _read(host: HostConfig, corpus: CorpusConfig) -> Iterator[Document | Rejected]:
+    try:
+        yield from host.documents(corpus)
+    except UserError as error:
+        raise of_stream(error) from error
+
+
+def of_stream(error: UserError) -> UserError:
+    """What is wrong with a corpus, said of the section of a recipe where it stands."""
+    return UserError(f"stream: {error}".replace("corpus.", "stream."))

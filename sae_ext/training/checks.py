@@ -158,7 +158,7 @@ def _check_streamed(sae: SAEConfig, train: TrainConfig, workers: int) -> None:
     )
     require(
         workers == 1,
-        f"each of {workers} workers on one SAE would harvest the whole stream: set resources.train_workers to 1",
+        f"a stream goes to one trainer, and {workers} are asked for: set resources.train_workers to 1",
     )
     for reader in (sae.architecture, *train.objective.terms().values()):
         for name in reader.columns():

@@ -116,19 +116,19 @@ def train_many(
             due = [run for run in runs if not run.ended and run.learner.step_number == step]
             if all(run.ended for run in runs):
                 break
-            if _stopping(stop, step, place):
+            stopping = _stopping(stop, step, place)
+            if not stopping:
+                try:
+                    batch = source.next()
+                except Stopped:  # a stream hears it too, while it waits for rows
+                    stopping = True
+            if stopping:
                 # One that is ahead has a checkpoint, with its own place in the rows.
                 for run in due:
                     run.save_or_fail(source.state())
                 if len(runs) == 1 and runs[0].failure is not None:
                     raise runs[0].failure
                 raise Stopped(f"stopped after step {step}; a checkpoint is saved")
-            try:
-                batch = source.next()
-            except Stopped:  # a stream hears it too, while it waits for rows
-                for run in due:
-                    run.save_or_fail(source.state())
-                raise
             x = moved(batch.x, place.device)
             for run in due:
                 told = run.step_or_fail(x, batch.rows, source.state)
@@ -252,8 +252,10 @@ class _Run:
         self._lines.append(line)
         self.job.on_line(line)
         self.ended = last or self._too_late(done)
-        if saving:
-            self.save(source_state())
+        if (
+            saving
+        ):  # no batch is drawn after the last step, so where the next one was need not be kept
+            self.save({} if self.ended else source_state())
         speed = (done - self._first) * config.batch_rows / (time.perf_counter() - self._started)
         return Progress(
             done, config.steps, speed, line["loss"], line["fvu"], line["l0"], line["dead_fraction"],
@@ -323,7 +325,7 @@ class _Run:
             self._events = [Event(*event) for event in facts["events"]]
             self.ended = facts["ended"]
             self.source_state = _named(tensors, "source.")
-            if not self.source_state:
+            if not (self.source_state or self.ended):
                 raise KeyError("source")
             if self._revival is not None:
                 self._revival.revived_at = tensors["revived_at"]

@@ -547,11 +547,15 @@ def test_a_number_in_scientific_notation_out_of_range_is_refused_with_its_sectio
         ({"stream": {}}, "a stream is mixed in a ring buffer: give train.buffer"),
         (
             {"stream": {}, "train": {"buffer": {}}, "resources": {"train_workers": 2}},
-            "each of 2 workers on one SAE would harvest the whole stream",
+            "a stream goes to one trainer, and 2 are asked for",
         ),
         (
             {"stream": {}, "train": {"buffer": {}, "objective": {"mse": {"row_weight": "w"}}}},
             "MSE reads the column 'w', which rows of a stream do not have",
+        ),
+        (
+            {"stream": {}, "train": {"buffer": {}}, "corpus": {"test_percent": 20}},
+            "stream.test_percent is 10 and corpus.test_percent 20: set both alike",
         ),
         (
             {"stream": {}, "train": {"buffer": {}}, "tune": {"trials": 8}},

@@ -57,7 +57,7 @@ def test_a_stream_that_needs_more_than_the_machine_has_is_refused(
     command = sparsemill("run", str(recipe), "--store", str(tmp_path / "store"))
     assert command.wait() == 2
     (said,) = [line for line in command.lines if line.startswith("error:")]
-    assert "harvest workers beside each trainer" in said
+    assert "harvest workers beside the trainer" in said
     assert "lower resources.workers" in said
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -265,8 +266,6 @@ def test_a_corpus_is_read_into_units_with_what_cannot_be_read(tmp_path):
 
 def test_a_hundred_thousand_units_are_committed_and_opened_in_bounded_memory(tmp_path):
     """All but the rows: what each unit came to, the manifest over 400,000 files, and a reader of it."""
-    import resource
-
     count = 100_000
     store = Store.open(str(tmp_path), writable=True)
     parts = {"corpus": CORPUS, "host": Transformer(), "harvest": HarvestConfig()}
@@ -283,12 +282,12 @@ def test_a_hundred_thousand_units_are_committed_and_opened_in_bounded_memory(tmp
         }
         told = json.dumps({**facts, "files": files})
         (folder / unit_file(number)).write_bytes(b"".join(contents(sums, {"facts": told})))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss
     began = time.monotonic()
     activations.commit(store, stage, count, {})
     data = Activations(store, stage.key)
     seconds = time.monotonic() - began
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    grown = (psutil.Process().memory_info().rss - before) / 2**20
     shutil.rmtree(folder)
     assert data.n_rows == count * 32_000
     assert len(data.manifest.files) == 4 * count

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 
 from sae_ext import corpora
 from sae_ext.activations.harvest import harvest_unit, parts
@@ -221,6 +222,37 @@ def test_a_stream_that_is_stopped_while_it_waits_leaves_a_checkpoint(store):
     whole = run_to_end(train(data, SAE, TRAIN))
     for name, tensor in whole.sae.parameters.tensors().items():
         assert torch.equal(tensor, again.sae.parameters.tensors()[name])
+
+
+def test_units_without_a_row_are_passed_over(store):
+    rows_of = here(HOST.open(), HARVEST)
+
+    def some_empty(units):
+        for number, found in enumerate(rows_of(units)):
+            yield UnitRows(torch.zeros(0, 0), {"too long": 1}) if number % 3 == 0 else found
+
+    data = Streamed(
+        Activations(store, stored(store)), streamed(HOST, CorpusConfig(), HARVEST, some_empty), "s"
+    )
+    assert run_to_end(train(data, SAE, TRAIN)).steps == TRAIN.steps
+
+
+def test_the_last_checkpoint_keeps_no_row_and_one_on_the_way_the_buffer(store):
+    stream = streamed(HOST, CorpusConfig(), HARVEST, here(HOST.open(), HARVEST))
+    data = Streamed(Activations(store, stored(store)), stream, "stream")
+    saved: list[bytes] = []
+    run_to_end(train(data, SAE, TRAIN, save_checkpoint=saved.append))
+    names = [set(load_tensors(state)) for state in saved]
+    assert "source.buffer.x" in names[0]
+    assert not any(name.startswith("source.") for name in names[-1])
+    again = run_to_end(train(data, SAE, TRAIN, load_checkpoint=lambda: saved[-1]))
+    assert again.steps == TRAIN.steps
+
+
+def test_a_stop_is_heard_on_the_way_to_where_the_stream_was():
+    stream = streamed(HOST, CorpusConfig(), HARVEST, here(HOST.open(), HARVEST), lambda: True)
+    with pytest.raises(Stopped, match="on the way"):
+        next(stream(3))
 
 
 def test_a_checkpoint_of_another_stream_is_refused(store):

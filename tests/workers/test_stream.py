@@ -62,14 +62,17 @@ def ray_here() -> Iterator[Cluster]:
 def store(tmp_path: Path) -> Store:
     """One with the rows to judge by."""
     store = Store.open(str(tmp_path / "store"), writable=True)
-    corpus = CorpusConfig(limit=600)
-    (stage,) = activations.stages(corpus, HOST, HARVEST)
-    plan = list(parts(HOST.documents(corpus), HARVEST))
+    put_rows(store, HOST, CorpusConfig(limit=600), HARVEST)
+    return store
+
+
+def put_rows(store: Store, host: Planted, corpus: CorpusConfig, harvest: HarvestConfig) -> None:
+    (stage,) = activations.stages(corpus, host, harvest)
+    plan = list(parts(host.documents(corpus), harvest))
     for unit, documents in plan:
-        (shard,) = harvest_unit(HOST.open(), documents, HARVEST, corpus)
+        (shard,) = harvest_unit(host.open(), documents, harvest, corpus)
         activations.put(store, stage.key, unit.number, shard)
     activations.commit(store, stage, len(plan), {})
-    return store
 
 
 def stage_of(store: Store, train: TrainConfig) -> Stage:
@@ -166,24 +169,34 @@ def test_what_goes_wrong_in_a_harvest_worker_is_told_as_it_was_raised(ray_here, 
     stage = stage_of(store, TRAIN)
     broken = Feeders(HOST, CorpusConfig(source="not-there.jsonl"), HARVEST, 1, 1, 0)
     arguments = (store.url, 1, 1, None, broken)
-    with pytest.raises(UserError, match=r"corpus\.source"):
+    with pytest.raises(UserError, match=r"^stream: .*not-there"):
         pool.run(TrainWorker, arguments, [Job("train", ([stage],))], workers=1, cpus=1)
 
 
-def test_units_with_no_room_in_the_object_store_are_refused(ray_here, store):
-    wide = Planted(rows=70_000, d_in=1000, n_features=32, active=3.0)
-    stage = stage_of(store, TRAIN)
-    big = Feeders(wide, CORPUS, HarvestConfig(unit_kb=400, dtype="float32"), 1, 1, 0)
-    with pytest.raises(UserError, match=r"a unit take .* MiB.*lower harvest\.unit_kb"):
-        pool.run(TrainWorker, (store.url, 1, 1, None, big), [Job("train", ([stage],))],
-                 workers=1, cpus=1)  # fmt: skip
+def test_units_larger_than_the_object_store_has_room_for_come_in_pieces(ray_here, tmp_path):
+    wide = Planted(rows=72_000, d_in=1000, n_features=32, active=3.0)
+    harvest = HarvestConfig(unit_kb=300, dtype="float32")
+    store = Store.open(str(tmp_path / "wide"), writable=True)
+    put_rows(store, wide, CorpusConfig(limit=300), harvest)
+    short = with_changes(TRAIN, {"steps": 60, "checkpoint_every": 60})
+    stage = stage_of(store, short)
+    arguments = (store.url, 1, 1, None, Feeders(wide, CORPUS, harvest, 1, 1, 0))
+    pool.run(TrainWorker, arguments, [Job("train", ([stage],))], workers=1, cpus=1)
+    assert stage.done(store)
 
 
-@pytest.mark.parametrize(("trainers", "fits"), [(1, True), (40, False)])
-def test_trainers_that_would_wait_for_their_workers_are_refused(ray_here, trainers, fits):
-    each = Feeders(HOST, CORPUS, HARVEST, 1, 1, 0)
+def test_other_documents_where_the_training_is_than_where_it_began_are_refused(ray_here, store):
+    (source,) = store.list(activations.KIND)
+    stage = saes.stage(SAEConfig(d_sae=48), TRAIN, source, saes.Streaming(CORPUS, "another"))
+    with pytest.raises(UserError, match="holds other documents than where the run was started"):
+        run(store, stage, 1)
+
+
+@pytest.mark.parametrize(("workers", "fits"), [(1, True), (79, False)])
+def test_a_trainer_that_would_wait_for_its_workers_is_refused(ray_here, workers, fits):
+    each = Feeders(HOST, CORPUS, HARVEST, workers, 1, 0)
     if fits:
-        require_room_beside(1, 0, each, trainers)
+        require_room_beside(1, 0, each)
     else:
         with pytest.raises(UserError, match=r"80 CPUs, but Ray has .*: lower resources\.workers"):
-            require_room_beside(1, 0, each, trainers)
+            require_room_beside(1, 0, each)
